@@ -284,3 +284,13 @@ def test_every_technique_that_was_not_chosen_has_a_reason():
     assert "not needed" in reasons["spare"]
     plain = rejections(problem(kinds[:1], Budget(device=9999)), ())
     assert plain[0].reason == "not needed: the job fits without it"
+
+
+def test_dominated_choices_are_left_out_where_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(program, "EAGER_PAIRS", 6)
+    rows = [Level(scale={W: 0.5}, risk=0.1 * i, ticks=i) for i in range(5)] + [Level(scale={W: 0.2}, risk=0.6)]
+    kinds = [make("pack", rows, slot="weights"), make("fold", [Level(scale={K: 0.5}, risk=0.1)] * 4, slot="cache")]
+    asked = problem(kinds, Budget(device=1000))
+    kept = [str(c) for c in program.Program(asked, choices(asked.techniques)).choices]
+    assert kept == ["fold", "pack", "pack(level=5)"]
+    assert expression(solve(asked).techniques) == "pack*fold"

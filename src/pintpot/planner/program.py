@@ -34,7 +34,8 @@ TIME_UNIT = 1e-4
 PEAK_GAP = 1e-4
 """The smallest peak is looked for to this relative precision."""
 EAGER_PAIRS = 2000
-"""Up to so many pairs are predicted at the start; beyond, only the pairs of compositions that are found."""
+"""Up to so many pairs of choices are predicted at the start. Beyond, choices that another betters in everything are
+left out first, and if that is not enough, only the pairs of compositions that are found are predicted."""
 
 
 class _Rows:
@@ -71,17 +72,19 @@ class Program:
 
     def __init__(self, problem: Problem, choices: Sequence[Choice]) -> None:
         self.problem = problem
-        self.choices = tuple(choices)
-        alone = [problem.predict(c.techniques) for c in self.choices]
+        self.base_seconds = problem.seconds(())
+        alone = [problem.predict(c.techniques) for c in choices]
         phases = dict.fromkeys(p for ledger in (problem.baseline, *alone) for p in ledger.phases())
         self.rows = [(phase, tier) for tier in limits_of(problem.budget) for phase in phases]
         self.base = self._sizes(problem.baseline)
+        self.choices = tuple(choices)
         self.deltas = [self._sizes(ledger) - self.base for ledger in alone]
-        self.base_seconds = problem.seconds(())
-        self.seconds = [problem.seconds(c.techniques) - self.base_seconds for c in self.choices]
+        self.seconds = [problem.seconds(c.techniques) - self.base_seconds for c in choices]
+        if len(self._possible_pairs()) > EAGER_PAIRS:
+            self._keep(self._undominated())
         self.known_pairs: set[tuple[int, int]] = set()
         self.pairs: dict[tuple[int, int], tuple[Vector, int]] = {}
-        possible = [p for p in combinations(range(len(self.choices)), 2) if self._compatible(*p)]
+        possible = self._possible_pairs()
         if len(possible) <= EAGER_PAIRS:
             self.learn(possible)
 
@@ -162,6 +165,36 @@ class Program:
 
     def _sizes(self, ledger: Ledger) -> Vector:
         return np.array([ledger.phase(phase, tier).total(tier) for phase, tier in self.rows], dtype=np.float64)
+
+    def _possible_pairs(self) -> list[tuple[int, int]]:
+        return [pair for pair in combinations(range(len(self.choices)), 2) if self._compatible(*pair)]
+
+    def _undominated(self) -> list[int]:
+        """The choices that no other of the same slot and the same conflicts equals or betters in everything."""
+        costs = []
+        groups: dict[tuple[str, frozenset[str], frozenset[str]], list[int]] = defaultdict(list)
+        for index, choice in enumerate(self.choices):
+            risk = round(self.problem.risk(choice.techniques) / RISK_UNIT)
+            plain_costs = [risk, self._ticks(self.seconds[index]), len(choice.techniques)]
+            costs.append(np.concatenate([self.deltas[index], plain_costs]))
+            needs = frozenset(feature for t in choice.techniques for feature in t.facts.needs)
+            removes = frozenset(feature for t in choice.techniques for feature in t.facts.removes)
+            groups[choice.slot, needs, removes].append(index)
+        return sorted(
+            index
+            for members in groups.values()
+            for index in members
+            if not any(
+                np.all(costs[other] <= costs[index]) and (np.any(costs[other] < costs[index]) or other < index)
+                for other in members
+                if other != index
+            )
+        )
+
+    def _keep(self, indices: Sequence[int]) -> None:
+        self.choices = tuple(self.choices[i] for i in indices)
+        self.deltas = [self.deltas[i] for i in indices]
+        self.seconds = [self.seconds[i] for i in indices]
 
     def _ticks(self, seconds: float) -> int:
         return round(seconds / (TIME_UNIT * self.base_seconds)) if self.base_seconds else 0
