@@ -35,6 +35,13 @@ def test_new_folder_resumes(tmp_path):
     assert (tmp_path / "out" / "a").exists()
 
 
+def test_new_folder_with_nothing_to_resume_from_is_removed(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", resume=True) as partial:
+        (partial / "checkpoints").mkdir()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refuse_existing_allows_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     assert refuse_existing(tmp_path / "empty") == tmp_path / "empty"

@@ -59,6 +59,11 @@ def test_full_fine_tuning_learns_and_transformers_loads_the_result(tmp_path, lla
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_predicted_peak_is_the_measured_one(tmp_path, llama, data):
+    result = finetune(llama, data, tmp_path / "out", settings=SETTINGS, measure=True, progress=False)
+    assert 0.97 <= result.plan.predicted.peak_bytes() / result.measured.peak_bytes() <= 1.05
+
+
 @pytest.mark.parametrize("base", ["lora(rank=4)", "rtn(bits=8, group_size=32)*lora(rank=4)"])
 def test_adapters_become_a_peft_folder(tmp_path, llama, data, base):
     out = tmp_path / "out"

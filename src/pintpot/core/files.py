@@ -54,8 +54,8 @@ def new_folder(path: str | Path, *, resume: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when the block ends without an error.
 
     The block writes into ``<path>.partial``. On an error the partial folder is removed, unless ``resume`` is
-    set: then it stays, and the next call with ``resume`` goes on in it. After a ``ModelFolderError`` there is
-    nothing to go on with, and it is removed all the same.
+    set: then it stays, and the next call with ``resume`` goes on in it. Where there is nothing to go on with (no file
+    yet, or a ``ModelFolderError``) it is removed all the same.
 
     Raises:
         OutputExists: when something already stands at ``path``.
@@ -68,7 +68,8 @@ def new_folder(path: str | Path, *, resume: bool = False) -> Iterator[Path]:
     try:
         yield partial
     except BaseException as error:
-        if not resume or isinstance(error, ModelFolderError):
+        empty = not any(file.is_file() for file in partial.rglob("*"))
+        if not resume or empty or isinstance(error, ModelFolderError):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     for file in partial.rglob("*"):

@@ -202,7 +202,10 @@ def held_out_loss(model: nn.Module, tokens: IntArray, settings: FinetuneSettings
     was_training = model.training
     model.eval()
     parts = rows.split(settings.batch)
-    losses = [float(model(input_ids=part.to(device), labels=part.to(device)).loss) * len(part) for part in parts]
+    losses = []
+    for part in parts:
+        inputs = part.to(device)
+        losses.append(float(model(input_ids=inputs, labels=inputs, use_cache=False).loss) * len(part))
     model.train(was_training)
     return sum(losses) / len(rows)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,12 +45,20 @@ class Position:
 
 
 def flatten_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested dicts and lists into a JSON-able tree and the tensors in it, keyed by their path."""
+    """Split nested dicts and lists into a JSON-able tree and the tensors in it, keyed by their path.
+
+    The tensors are those of the state, not copies (a copy of an optimizer's state may not fit), except that of several
+    that share a storage, which safetensors refuses, the later ones are copied.
+    """
     tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().contiguous().clone()
+            tensor = value.detach().contiguous()
+            shared = tensor.untyped_storage().data_ptr() in storages
+            tensors[path] = tensor.clone() if shared else tensor
+            storages.add(tensors[path].untyped_storage().data_ptr())
             return {_TENSOR: path}
         if isinstance(value, dict):
             keyed = any(isinstance(key, int) for key in value)
@@ -164,17 +173,16 @@ def _model_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]
 
 def _load_model_state(path: Path, model: nn.Module, *, trainable_only: bool) -> None:
     wanted = _model_state(model, trainable_only=trainable_only).keys()
-    loaded = load_file(path / "model.safetensors")
-    if wanted != loaded.keys():
-        odd = sorted(wanted ^ loaded.keys())
-        raise TrainingError(
-            f"{path} holds other parameters than this model: {', '.join(odd[:5])}",
-            hint="resume with the model and adapters that the run began with",
-        )
     places = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in loaded.items():
-            places[name].copy_(tensor)
+    with safe_open(path / "model.safetensors", framework="pt") as loaded, torch.no_grad():
+        names = set(loaded.keys())
+        if wanted != names:
+            raise TrainingError(
+                f"{path} holds other parameters than this model: {', '.join(sorted(wanted ^ names)[:5])}",
+                hint="resume with the model and adapters that the run began with",
+            )
+        for name in names:
+            places[name].copy_(loaded.get_tensor(name))
 
 
 def _random_state() -> dict[str, Any]:
