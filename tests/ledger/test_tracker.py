@@ -1,4 +1,5 @@
 import gc
+import threading
 import weakref
 
 import pytest
@@ -162,3 +163,21 @@ def test_corrections_reach_back_to_the_birth_only():
         timeline.add(sequence, "forward", 0, cells)
     timeline.correct([Correction(2, 50, 0, 1), Correction(3, 30, 0, 2)])
     assert [s.cells[:3] for s in timeline.samples] == [[0, 0, 0], [100, 0, 0], [150, 50, 0], [220, 50, 30]]
+
+
+def test_a_pass_in_another_thread_is_not_that_of_the_run():
+    model = tiny_model("llama")
+    with Tracker() as tracker:
+        tracker.register(model)
+        before = tracker.current_bytes()
+        kept = []
+
+        def elsewhere():
+            twin = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+            kept.append((twin, torch.func.functional_call(model, twin, (), {"input_ids": IDS})))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert tracker.current_bytes() == before
+    assert tracker.ledger().phases() == ("load",)

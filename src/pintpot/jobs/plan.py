@@ -15,8 +15,7 @@ from pintpot.core.ledger import Ledger, Moment
 from pintpot.core.plan import ModelIdentity, Plan, Rejection
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
-from pintpot.core.units import GiB
-from pintpot.core.workload import Budget, Compress, Generate, Train, Workload
+from pintpot.core.workload import Budget, Compress, Generate, Workload
 from pintpot.jobs.model_source import model_folder
 from pintpot.jobs.packed_shape import shape_of_folder, with_dtype
 from pintpot.jobs.simulate import simulate
@@ -32,10 +31,10 @@ from pintpot.planner.solve import Simulate, Solution, solve
 
 PLAIN = "none"
 """The expression that asks for the plain job."""
-SIMULATED_WEIGHT_BYTES = GiB
+SIMULATED_BLOCKS = 40
 SIMULATED_TOKENS = 4096
-"""Dense weights, and tokens of a sequence, up to which a choice is simulated unless asked otherwise: simulating
-packed weights and caches takes time in proportion to both, and a plan should take seconds."""
+"""Blocks of a model that is trained, and tokens of a generation, up to which a choice is simulated unless asked
+otherwise: simulating recomputed blocks and packed caches takes time in proportion, and a plan should take seconds."""
 
 
 def plan(
@@ -51,8 +50,8 @@ def plan(
 ) -> Plan:
     """Choose the cheapest composition of techniques with which a job fits: least risk, then least time.
 
-    Only the model's configuration is read. The choice is made on closed-form predictions and, for models and
-    prompts that are not large, verified by running the job on tensors that hold no data. Same arguments, same plan.
+    Only the model's configuration is read. The choice is made on closed-form predictions and, unless a prompt is long
+    or a model to train is deep, verified by running the job on tensors that hold no data. Same arguments, same plan.
 
     Args:
         model: a shape, a model folder or its ``config.json``, or a hub name.
@@ -153,9 +152,9 @@ def forced(
 
 def _is_small(shape: ModelShape, workload: Workload) -> bool:
     """Whether simulating a job takes seconds."""
-    tokens = workload.prompt_tokens + workload.new_tokens if isinstance(workload, Generate) else 0
-    tokens = workload.tokens if isinstance(workload, Train) else tokens
-    return shape.weight_bytes <= SIMULATED_WEIGHT_BYTES and tokens <= SIMULATED_TOKENS
+    if isinstance(workload, Generate):
+        return workload.prompt_tokens + workload.new_tokens <= SIMULATED_TOKENS
+    return len({p.block for p in shape.parameters if p.block}) <= SIMULATED_BLOCKS
 
 
 def _plan(problem: Problem, solution: Solution, rejected: tuple[Rejection, ...], seed: int) -> Plan:

@@ -7,6 +7,7 @@ rounding is ignored.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ class Tracker(TorchDispatchMode):
 
     Models and optimizers are registered to be recognised; their hooks also tell the phases (`prefill` and `decode`
     without gradients, else `forward`, `backward`, `step`), unless `phase` sets one. Caches are found in the models'
-    arguments and outputs. All hooks are removed when the context ends.
+    arguments and outputs. All hooks are removed when the context ends. Like every dispatch mode it sees the operations
+    of the thread that entered it, and it takes no notice of forward passes in others.
 
     Args:
         device: the kind of device whose bytes count as `Tier.DEVICE` (`"cuda"`, `"cpu"`); by default the one of the
@@ -62,6 +64,7 @@ class Tracker(TorchDispatchMode):
         self._phase = "load"
         self._run = 0
         self._forced = False
+        self._thread = 0
         self._operation: object = None
         self._models: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
@@ -138,6 +141,12 @@ class Tracker(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Leave out the wrapper that torch puts around a mode for `torch.compile`: it doubles the mode's cost."""
         return False
+
+    def __enter__(self) -> Tracker:
+        """Track the operations of this thread."""
+        self._thread = threading.get_ident()
+        super().__enter__()
+        return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop tracking: remove every hook."""
@@ -252,7 +261,7 @@ class Tracker(TorchDispatchMode):
             self._run += 1
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._forced:
+        if self._forced or self._elsewhere():
             return
         before = self._phase
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
@@ -265,12 +274,16 @@ class Tracker(TorchDispatchMode):
         self._assign(tensors_in(caches_in(kwargs)), Account.KV_CACHE)
 
     def _before_encoder(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._forced and not torch.is_grad_enabled():
+        if not self._forced and not self._elsewhere() and not torch.is_grad_enabled():
             self._enter(PREFILL)
             self._scan_models()
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._assign(tensors_in((caches_in(kwargs), caches_in(output))), Account.KV_CACHE)
+        if not self._elsewhere():
+            self._assign(tensors_in((caches_in(kwargs), caches_in(output))), Account.KV_CACHE)
+
+    def _elsewhere(self) -> bool:
+        return threading.get_ident() != self._thread
 
     def _after_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

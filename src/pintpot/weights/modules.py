@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from transformers import PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 from transformers.pytorch_utils import Conv1D
@@ -99,11 +99,15 @@ class CompressedLinear(PackedTerms, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised weight (O, I), made anew at each access; assigning to its ``.data`` encodes it again."""
+        """The dequantised weight (O, I), made anew at each access; assigning to its ``.data`` encodes it again.
+
+        Of a layer whose stored tensors have only shapes, it is a tensor that has only a shape.
+        """
+        stored = next(iter(self._buffers.values()))
+        if stored is not None and (stored.is_meta or is_fake(stored)):
+            return stored.new_empty((self.out_features, self.in_features), dtype=self.dtype)
         parts = [layout.decode(tensors, self.in_features, self.dtype) for layout, tensors in self.stored()]
         dense = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        if type(dense) is not Tensor or dense.is_meta:
-            return dense
         writable = dense.as_subclass(_WritableWeight)
         writable._owner = self
         return writable
