@@ -116,6 +116,8 @@ def test_products_take_the_longer_of_moving_and_arithmetic():
     computing = replace(moving, flops={"float32": 5e9})
     assert phase_parts(computing, 1, MADE_UP)["arithmetic"] == pytest.approx(5.0)
     assert phase_parts(computing, 1, MADE_UP)["memory"] == 0.0
+    many_short_rows = replace(moving, dots=10**7)
+    assert phase_parts(many_short_rows, 1, MADE_UP)["memory"] == pytest.approx(3.0)
 
 
 def test_everything_else_adds_up():

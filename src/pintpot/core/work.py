@@ -17,6 +17,7 @@ class PhaseWork:
         overhead_seconds: time that neither bytes nor operations explain, beside that of starting `operations`.
         product_bytes: of `read_bytes`, those of matrix products, which are moved while `flops` are done; the others
             are moved by operations that do little else, and their time adds up.
+        dots: rows of the matrices of these products, each of which takes a moment however short it is.
         fresh_bytes: bytes of allocations so large that the operating system is asked for them each time.
         operations: operations started one by one from Python.
     """
@@ -26,6 +27,7 @@ class PhaseWork:
     disk_bytes: int = 0
     overhead_seconds: float = 0.0
     product_bytes: int = 0
+    dots: int = 0
     fresh_bytes: int = 0
     operations: int = 0
 

@@ -84,6 +84,7 @@ def phase_parts(phase: PhaseWork, rows: int, machine: Machine) -> dict[str, floa
     arithmetic = sum(flops / machine.product_flops(dtype, rows) for dtype, flops in phase.flops.items())
     dtype = max(phase.flops, key=lambda name: phase.flops[name], default="float32")
     moving = product_bytes / machine.product_bytes_per_second(dtype, rows)
+    moving += phase.dots * machine.dot_seconds(dtype, rows)
     memory = (phase.read_bytes - product_bytes) / machine.read_bytes_per_second
     if machine.fresh_bytes_per_second:
         memory += phase.fresh_bytes / machine.fresh_bytes_per_second
@@ -160,6 +161,7 @@ def _continued(first: PhaseWork, second: PhaseWork, times: int) -> PhaseWork:
         read_bytes=int(grow(first.read_bytes, second.read_bytes)),
         flops={name: grow(first.flops.get(name, 0.0), flops) for name, flops in second.flops.items()},
         product_bytes=int(grow(first.product_bytes, second.product_bytes)),
+        dots=int(grow(first.dots, second.dots)),
         fresh_bytes=int(grow(first.fresh_bytes, second.fresh_bytes)),
         operations=int(grow(first.operations, second.operations)),
     )

@@ -24,7 +24,7 @@ import torch
 from pintpot._version import __version__
 from pintpot.core.files import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when what is measured changes, so that older files are measured again."""
 
 Table = Mapping[str, Mapping[str, float]]
@@ -49,6 +49,7 @@ class Machine:
         matmul_flops: operations per second of products of a matrix with some rows, by dtype; for few rows on matrices
             that stay in the processor's cache, so that reading them is not part of it.
         matmul_bytes_per_second: rate at which products with few rows read matrices that are larger than the cache.
+        matmul_dot_seconds: what each row of a matrix adds to these products, beyond reading it.
         small_op_seconds: starting one operation from Python, among the modules of a small model.
         disk_read_bytes_per_second: reading a file that is not in memory.
         disk_write_bytes_per_second: writing a file until it is safe.
@@ -66,6 +67,7 @@ class Machine:
     fresh_bytes_per_second: float
     matmul_flops: Table
     matmul_bytes_per_second: Table
+    matmul_dot_seconds: Table
     small_op_seconds: float
     disk_read_bytes_per_second: float
     disk_write_bytes_per_second: float
@@ -81,6 +83,11 @@ class Machine:
         if rows > max(int(count) for count in table):
             return self.read_bytes_per_second
         return _between(table, rows)
+
+    def dot_seconds(self, dtype: str, rows: int) -> float:
+        """What each row of a matrix adds to products with so many rows; beyond those measured, nothing."""
+        table = self.matmul_dot_seconds.get(dtype) or self.matmul_dot_seconds["float32"]
+        return 0.0 if rows > max(int(count) for count in table) else _between(table, rows)
 
 
 def machine(refresh: bool = False, *, measure: Callable[[], Machine] | None = None) -> Machine:

@@ -29,7 +29,10 @@ MANY_ROWS = (64, 512)
 
 _READ_BYTES = {"cpu": 96 * MiB, "cuda": 1024 * MiB}
 _DISK_BYTES = 64 * MiB
-_LARGE = {"cpu": 4096, "cuda": 16384}
+_LARGE_BYTES = {"cpu": 128 * MiB, "cuda": 1024 * MiB}
+_LONG_ROW, _SHORT_ROW = 8192, 512
+"""Columns of the large matrices: from long rows the rate of reading, from short ones what each row takes."""
+_LEAST_SECONDS = 1e-12
 _MEDIUM = {"cpu": 1024, "cuda": 8192}
 _IN_CACHE = {"cpu": 512, "cuda": 2048}
 _REPEAT_SECONDS = 0.3
@@ -55,10 +58,12 @@ def measure_machine(progress: Progress | None = None) -> record.Machine:
     fresh = _fresh_rate() if kind == "cpu" else 0.0
     flops: dict[str, dict[str, float]] = {}
     stream: dict[str, dict[str, float]] = {}
+    dots: dict[str, dict[str, float]] = {}
     for place, dtype in enumerate(DTYPES):
         name = str(dtype).removeprefix("torch.")
         tell(f"{name} products", 0.1 + 0.25 * place)
-        flops[name], stream[name] = _products(dtype, kind)
+        flops[name] = _arithmetic(dtype, kind)
+        stream[name], dots[name] = _reading(dtype, kind)
     tell("small operations", 0.85)
     small = _small_op_seconds(kind)
     tell("disk", 0.9)
@@ -76,6 +81,7 @@ def measure_machine(progress: Progress | None = None) -> record.Machine:
         fresh_bytes_per_second=fresh,
         matmul_flops=flops,
         matmul_bytes_per_second=stream,
+        matmul_dot_seconds=dots,
         small_op_seconds=small,
         disk_read_bytes_per_second=disk_read,
         disk_write_bytes_per_second=disk_write,
@@ -133,19 +139,27 @@ def _fresh_rate() -> float:
     return count / (first - again) if first > again else 0.0
 
 
-def _products(dtype: torch.dtype, kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Operations per second by rows, and for few rows the rate at which large matrices are read."""
-    flops: dict[str, float] = {}
-    stream: dict[str, float] = {}
+def _arithmetic(dtype: torch.dtype, kind: str) -> dict[str, float]:
+    """Operations per second by rows."""
     small = _matrix(_IN_CACHE[kind], _IN_CACHE[kind], dtype, kind)
-    large = _matrix(_LARGE[kind], _LARGE[kind] * 4 // dtype.itemsize, dtype, kind)
     medium = _matrix(_MEDIUM[kind], _MEDIUM[kind], dtype, kind)
+    matrices = {**dict.fromkeys(FEW_ROWS, small), **dict.fromkeys(MANY_ROWS, medium)}
+    return {str(rows): 2.0 * rows * m.numel() / _product_seconds(m, rows, kind) for rows, m in matrices.items()}
+
+
+def _reading(dtype: torch.dtype, kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """For few rows, the rate at which large matrices are read, and the seconds that each of their rows takes."""
+    rates: dict[str, float] = {}
+    dots: dict[str, float] = {}
+    numel = _LARGE_BYTES[kind] // dtype.itemsize
+    long = _matrix(numel // _LONG_ROW, _LONG_ROW, dtype, kind)
+    short = long.view(-1, _SHORT_ROW)
     for rows in FEW_ROWS:
-        flops[str(rows)] = 2.0 * rows * small.numel() / _product_seconds(small, rows, kind)
-        stream[str(rows)] = large.nbytes / _product_seconds(large, rows, kind)
-    for rows in MANY_ROWS:
-        flops[str(rows)] = 2.0 * rows * medium.numel() / _product_seconds(medium, rows, kind)
-    return flops, stream
+        slow, fast = (_product_seconds(matrix, rows, kind) for matrix in (short, long))
+        each = max(_LEAST_SECONDS, (slow - fast) / (short.shape[0] - long.shape[0]))
+        rates[str(rows)] = long.nbytes / max(fast - each * long.shape[0], fast / 2)
+        dots[str(rows)] = each
+    return rates, dots
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, kind: str) -> Tensor:

@@ -24,6 +24,7 @@ _aten = ops.aten
 _ROWS_ONLY = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
 """These read as much as they give, not the whole table that they read from."""
 
+_LINEAR = {_aten.mm, _aten.addmm}
 _NO_BYTES = {
     _aten.empty,
     _aten.empty_like,
@@ -70,6 +71,7 @@ class WorkCounter(TorchDispatchMode):
         flops: floating-point operations of matrix products, convolutions and attention, by dtype name.
         moved_bytes: bytes read and written by all operations.
         product_bytes: of these, those of the operations that `flops` counts.
+        dots: rows of the matrices of linear layers, in all of their products.
         fresh_bytes: bytes of allocations of at least `LARGE_ALLOCATION_BYTES`.
     """
 
@@ -79,6 +81,7 @@ class WorkCounter(TorchDispatchMode):
         self.flops: dict[str, float] = {}
         self.moved_bytes = 0
         self.product_bytes = 0
+        self.dots = 0
         self.fresh_bytes = 0
 
     @classmethod
@@ -105,6 +108,8 @@ class WorkCounter(TorchDispatchMode):
         flops = _flops(packet, args, kwargs, result)
         if flops:
             self.product_bytes += moved
+            if packet in _LINEAR:
+                self.dots += outputs[0].shape[-1]
             dtype = str(outputs[0].dtype).removeprefix("torch.")
             self.flops[dtype] = self.flops.get(dtype, 0.0) + flops
         return result
@@ -115,6 +120,7 @@ class WorkCounter(TorchDispatchMode):
             read_bytes=self.moved_bytes,
             flops=dict(self.flops),
             product_bytes=self.product_bytes,
+            dots=self.dots,
             fresh_bytes=self.fresh_bytes,
             operations=self.operations,
         )
