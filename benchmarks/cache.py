@@ -100,10 +100,10 @@ OURS = [
 ]
 
 
-def fits(model: PreTrainedModel, method: Method, tokens: int) -> bool:
+def fits(model: PreTrainedModel, method: Method, tokens: int, batch: int = BATCH) -> bool:
     """Whether a method can be had in the bytes that it is given."""
     try:
-        method.make(model, tokens, BATCH)
+        method.make(model, tokens, batch)
     except BudgetError as error:
         print(f"left out: {method.config}: {error.message}")
         return False
@@ -273,6 +273,7 @@ def decode_seconds(model: PreTrainedModel, method: Method, context: Tensor, step
 def speed(context_tokens: int, steps: int, methods: list[Method]) -> list[dict]:
     model = speed_model()
     context = torch.randint(0, 512, (1, context_tokens), generator=torch.Generator().manual_seed(0))
+    methods = [m for m in methods if fits(model, m, context_tokens + steps, 1)]
     found = {m.config: decode_seconds(model, m, context, steps) for m in methods}
     rows = []
     for method in methods:
@@ -316,14 +317,16 @@ def main() -> None:
     methods = [DENSE, *PEERS, *OURS]
     if options.quick:
         methods = [DENSE, *OURS[1:3], OURS[-1]]
-    rows = []
+
+    def keep(rows: list[dict]) -> None:
+        if not options.quick:
+            print(append_rows("cache", [stamp(row) for row in rows]))
+
     if options.only != "speed":
-        rows += quality(folder, options.context, 8 if options.quick else options.prompts, methods)
+        keep(quality(folder, options.context, 8 if options.quick else options.prompts, methods))
     if options.only != "quality":
         for context_tokens in (1024,) if options.quick else (1024, 4096):
-            rows += speed(context_tokens, 5 if options.quick else 15, methods)
-    if not options.quick:
-        print(append_rows("cache", [stamp(row) for row in rows]))
+            keep(speed(context_tokens, 5 if options.quick else 15, methods))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ from pintpot.core.ledger import Account, Ledger, Moment, Tier
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Generate, Pretrain
+from pintpot.optim._base import OptimExtra, OptimMethod, ProjectedMethod
 from pintpot.optim._groups import projected_names, split_shape
 from tests.architectures import ATTENTION, tiny_config, tiny_model
 
-NAMES = tuple(techniques("optim"))
+KINDS = techniques("optim")
+NAMES = tuple(name for name, kind in KINDS.items() if issubclass(kind, ProjectedMethod))
+PROJECTING = tuple(name for name in NAMES if KINDS[name]().project() is not None)
+EXTRAS = tuple(name for name, kind in KINDS.items() if issubclass(kind, OptimExtra))
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -24,10 +28,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+SMALL = {"rank": 4, "update_gap": 2, "active_blocks": 1, "interval_steps": 2}
+
+
 def method(name: str):
-    kind = techniques("optim")[name]
-    small = {"rank": 4} if "rank" in kind.__dataclass_fields__ else {}
-    return kind.build({**small, "update_gap": 2} if "update_gap" in kind.__dataclass_fields__ else small)
+    kind = KINDS[name]
+    return kind.build({key: value for key, value in SMALL.items() if key in kind.__dataclass_fields__})
 
 
 def train(model, optimizer, steps: int) -> list[float]:
@@ -51,12 +57,12 @@ def test_trains_with_exactly_the_predicted_state(name, architecture):
     model = tiny_model(architecture)
     rule = method(name)
     optimizer = rule.optimizer(model, lr=1e-2)
-    losses = train(model, optimizer, 4)
+    losses = train(model, optimizer, 5)
     assert losses[-1] < losses[0]
     shape = ModelShape.from_config(tiny_config(architecture), torch.float32)
     if architecture == "mixtral":
         # An expert that no token chose has a gradient of zeros, so every state exists here too.
-        assert all(p.grad is not None for p in model.parameters())
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert held_bytes(optimizer) == rule.state_bytes(shape)
     assert {p.name for p in split_shape(shape)[0]} == projected_names(model)
 
@@ -85,7 +91,7 @@ def test_same_seed_same_run_and_state_round_trip(name):
         losses = train(model, optimizer, 3)
         if resume:
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = method(name).optimizer(model, lr=1e-2, weight_decay=0.1)
+            optimizer = method(name).optimizer(model.requires_grad_(), lr=1e-2, weight_decay=0.1)
             optimizer.load_state_dict(saved)
         runs.append(losses + train(model, optimizer, 3))
     assert runs[0] == runs[1] == runs[2]
@@ -95,7 +101,7 @@ def test_same_seed_same_run_and_state_round_trip(name):
 def test_trains_in_bfloat16(name):
     model = tiny_model("llama", dtype=torch.bfloat16)
     optimizer = method(name).optimizer(model, lr=1e-2)
-    losses = train(model, optimizer, 4)
+    losses = train(model, optimizer, 5)
     assert losses[-1] < losses[0]
     shape = ModelShape.from_config(tiny_config("llama"), torch.bfloat16)
     assert held_bytes(optimizer) == method(name).state_bytes(shape)
@@ -111,7 +117,7 @@ def test_planner_options_are_distinct_and_build(name):
     assert all(kind.build(option.parameters()) == option for option in options)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PROJECTING)
 def test_embeddings_norms_and_head_follow_the_plain_rule(name):
     model = tiny_model("llama")
     chosen = projected_names(model)
@@ -122,3 +128,23 @@ def test_embeddings_norms_and_head_follow_the_plain_rule(name):
     for n, p in model.named_parameters():
         plain = optimizer.state[p]["exp_avg"].shape == p.shape
         assert plain != (n in chosen)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_extra_goes_with_every_rule(name, extra):
+    model = tiny_model("llama")
+    optimizer = method(name).optimizer(model, lr=1e-2, **KINDS[extra]().extras)
+    losses = train(model, optimizer, 4)
+    assert losses[-1] < losses[0]
+    plain = method(name).optimizer(tiny_model("llama"), lr=1e-2)
+    if KINDS[extra].facts.part == "states":
+        train(tiny_model("llama"), plain, 1)
+        shape = ModelShape.from_config(tiny_config("llama"), torch.float32)
+        assert held_bytes(optimizer) < 0.6 * method(name).state_bytes(shape)
+    else:
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_technique_is_a_rule_or_an_extra():
+    assert all(issubclass(kind, OptimMethod | OptimExtra) for kind in KINDS.values())

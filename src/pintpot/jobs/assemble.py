@@ -32,7 +32,8 @@ from pintpot.jobs.dtypes import DTYPES
 from pintpot.jobs.load import load, no_progress_bars
 from pintpot.jobs.model_source import model_folder
 from pintpot.ledger.predict import Assembled, Build
-from pintpot.optim._base import OptimMethod
+from pintpot.optim._adamw import AdamWRule
+from pintpot.optim._base import OptimExtra, OptimMethod
 from pintpot.weights import load_and_compress
 from pintpot.weights._base import WeightMethod
 
@@ -53,6 +54,8 @@ class Composition:
     keep: Keep | None = None
     store: Store | None = None
     optimizer: OptimMethod | None = None
+    states: OptimExtra | None = None
+    release: OptimExtra | None = None
     activations: ActivationMethod | None = None
     adapters: AdapterMethod | None = None
 
@@ -68,6 +71,7 @@ class Composition:
         places: dict[str, Technique] = {}
         for technique in chosen:
             name = next((name for name, kind in _PLACES.items() if isinstance(technique, kind)), None)
+            name = technique.facts.part if isinstance(technique, OptimExtra) else name
             if name is None:
                 raise CompositionError(
                     f"{technique.name} has no place in {job}", hint="leave it out of the expression or the plan"
@@ -217,8 +221,10 @@ def _attention(model: PreTrainedModel, composition: Composition) -> Callable[[],
 
 
 def _optimizer(model: nn.Module, composition: Composition, rates: Rates) -> Optimizer:
-    if composition.optimizer is not None:
-        return composition.optimizer.optimizer(model, lr=rates.learning_rate, weight_decay=rates.weight_decay)
+    extras = {k: v for e in (composition.states, composition.release) if e is not None for k, v in e.extras.items()}
+    if composition.optimizer is not None or extras:
+        rule = composition.optimizer or AdamWRule()
+        return rule.optimizer(model, lr=rates.learning_rate, weight_decay=rates.weight_decay, **extras)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdamW(trained, lr=rates.learning_rate, weight_decay=rates.weight_decay)
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pintpot.core.errors import DataError, Interrupted, TrainingError
+from pintpot.core.errors import CompositionError, DataError, Interrupted, TrainingError
 from pintpot.jobs.batches import Batches
 from pintpot.jobs.training_progress import Reporter, reporter
 from pintpot.jobs.training_state import Position, list_checkpoints, load_checkpoint, save_checkpoint
@@ -40,7 +40,7 @@ class TrainSettings:
 
     Attributes:
         accumulate: batches whose mean gradient makes one step.
-        clip_norm: largest norm of the whole gradient; None leaves it.
+        clip_norm: largest norm of the whole gradient; None leaves it, and so do optimizers that release gradients.
         checkpoints: folder for the checkpoints; None keeps none.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many stay.
@@ -119,10 +119,16 @@ def train(
         TrainingError: when the loss is not finite, or the checkpoints are those of another run.
         Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
         DataError: when there is not one step's worth of batches.
+        CompositionError: when batches are accumulated with an optimizer that releases gradients.
     """
     steps = len(batches) // settings.accumulate
     if steps < 1:
         raise DataError("there is not enough data for one step", hint="give more data, or fewer accumulated batches")
+    if settings.accumulate > 1 and getattr(optimizer, "releases_gradients", False):
+        raise CompositionError(
+            "gradients that are released as they arrive cannot be accumulated over batches",
+            hint="leave out gradient-release, or use one larger batch with checkpointing",
+        )
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
     loop = _Loop(model, batches, optimizer, schedule, settings, validate, around_step)
@@ -196,15 +202,10 @@ class _Loop:
         factor = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        loss, tokens = self._gradient(step)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {step + 1}",
-                hint="lower the learning rate, clip gradients, or look for NaN in the weights or the data",
-            )
-        norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if getattr(self.optimizer, "gradient_free", False):
+            loss, tokens, norm = self._forward_only(step)
+        else:
+            loss, tokens, norm = self._update(step)
         return {
             "step": step + 1,
             "tokens": tokens + (curve[-1]["tokens"] if curve else 0),
@@ -213,6 +214,39 @@ class _Loop:
             "gradient_norm": norm,
             "seconds": time.perf_counter() - began,
         }
+
+    def _update(self, step: int) -> tuple[float, int, float]:
+        """One update from the gradient; the loss, the tokens and the gradient's norm."""
+        loss, tokens = self._gradient(step)
+        self._require_finite(loss, step)
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, tokens, norm
+
+    def _forward_only(self, step: int) -> tuple[float, int, float]:
+        """One update from losses alone; the optimizer asks for as many as it needs."""
+        first = step * self.settings.accumulate
+        batches = [self.batches[first + place] for place in range(self.settings.accumulate)]
+
+        def closure() -> float:
+            total = 0.0
+            with torch.no_grad(), self.around_step():
+                for batch in batches:
+                    inputs, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+                    total += float(self.model(input_ids=inputs, labels=labels, use_cache=False).loss)
+            return total / len(batches)
+
+        loss = self.optimizer.step(closure)
+        self._require_finite(loss, step)
+        return float(loss), sum(batch.input_ids.numel() for batch in batches), 0.0
+
+    def _require_finite(self, loss: float | None, step: int) -> None:
+        if loss is None or not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {step + 1}",
+                hint="lower the learning rate, clip gradients, or look for NaN in the weights or the data",
+            )
 
     def _gradient(self, step: int) -> tuple[float, int]:
         """Accumulate the gradient of a step; the mean loss (nats) and the tokens it saw."""
@@ -228,6 +262,8 @@ class _Loop:
         return total, tokens
 
     def _clip(self) -> float:
+        if getattr(self.optimizer, "releases_gradients", False):
+            return float(self.optimizer.gradient_norm())  # type: ignore[attr-defined]
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         if self.settings.clip_norm is None:
             return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

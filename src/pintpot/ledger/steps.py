@@ -83,6 +83,8 @@ def train_step(
         inputs: further arguments of the model.
     """
     model.train()
+    if getattr(optimizer, "gradient_free", False):
+        return _forward_only(model, optimizer, input_ids, labels, scope, inputs)
     with scope():
         loss = gradient(model, input_ids, labels, inputs)
     if clip_norm is not None:
@@ -91,6 +93,24 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
+
+
+def _forward_only(
+    model: nn.Module,
+    optimizer: Optimizer,
+    input_ids: Tensor,
+    labels: Tensor,
+    scope: Callable[[], AbstractContextManager[Any]],
+    inputs: Mapping[str, Any] | None,
+) -> Tensor:
+    """One update by an optimizer that asks for losses instead of gradients."""
+
+    def closure() -> Tensor:
+        with torch.no_grad(), scope():
+            loss: Tensor = model(input_ids=input_ids, labels=labels, use_cache=False, **(inputs or {})).loss
+        return loss
+
+    return torch.as_tensor(optimizer.step(closure))  # type: ignore[arg-type]
 
 
 def gradient(model: nn.Module, input_ids: Tensor, labels: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:

@@ -1,24 +1,34 @@
-"""Optimizers that hold far less than AdamW: ``project x inner rule x residual``, one short file a method.
+"""Optimizers that hold far less than AdamW, one short file a method; see ``_base`` for the algebra.
 
-``GaLore``, ``Apollo`` and ``ApolloMini`` are ordinary ``torch.optim.Optimizer`` classes for any training loop.
+All are ordinary ``torch.optim.Optimizer`` classes for any training loop.
 """
 
-from pintpot.optim._base import OptimMethod, ProjectedOptimizer
+from pintpot.optim._adamw import AdamW
+from pintpot.optim._base import OptimExtra, OptimMethod
+from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import projected_groups
 from pintpot.optim.apollo import Apollo, ApolloRule
 from pintpot.optim.apollo_mini import ApolloMini, ApolloMiniRule
+from pintpot.optim.fira import Fira, FiraRule
 from pintpot.optim.galore import GaLore, GaLoreRule
+from pintpot.optim.lisa import Lisa, LisaRule
 
-TECHNIQUES = ("galore", "apollo", "apollo_mini")
+TECHNIQUES = ("galore", "apollo", "apollo_mini", "fira", "lisa", "adamw_8bit", "adamw_4bit", "gradient_release")
 
 __all__ = [
     "TECHNIQUES",
+    "AdamW",
     "Apollo",
     "ApolloMini",
     "ApolloMiniRule",
     "ApolloRule",
+    "Fira",
+    "FiraRule",
     "GaLore",
     "GaLoreRule",
+    "Lisa",
+    "LisaRule",
+    "OptimExtra",
     "OptimMethod",
     "ProjectedOptimizer",
     "projected_groups",

@@ -1,4 +1,6 @@
-"""The optimizer wing: one engine, and a protocol by which each method names its three parts.
+"""The optimizer wing: a protocol by which each method names its parts, which ``_engine`` runs.
+
+    select blocks x project x inner rule x residual, the moments kept in some states
 
 Shapes: parameters of any shape. Those that are projected are matrices or stacks of matrices, seen by the parts
 with the smaller side first (see ``_project``).
@@ -7,24 +9,28 @@ with the smaller side first (see ``_project``).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pintpot.core.errors import CompositionError, ShapeError, TrainingError
-from pintpot.core.ledger import Account, Ledger
-from pintpot.core.shape import ModelShape
+from pintpot.core.errors import ShapeError
+from pintpot.core.ledger import Account, Ledger, Moment
+from pintpot.core.shape import ModelShape, ParameterShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Workload
-from pintpot.optim._groups import is_matrix, projected_groups, split_shape
+from pintpot.optim._engine import ProjectedOptimizer
+from pintpot.optim._groups import split_shape
 from pintpot.optim._inner import Adam, Inner
-from pintpot.optim._project import Project, State
-from pintpot.optim._residual import Residual, Small
-from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented, pieces
+from pintpot.optim._project import Project
+from pintpot.optim._residual import Residual
+from pintpot.optim._select import Select
+from pintpot.optim._states import BlockStates
+from pintpot.optim._tensors import CHUNK_NUMEL, chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,20 @@ class OptimMethod(Technique):
     """A technique of the ``optimizer`` slot. Its fields are hyperparameters of parameter groups."""
 
     @abstractmethod
-    def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-        """An optimizer of the model's trainable parameters."""
+    def optimizer(
+        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, **extras: Any
+    ) -> torch.optim.Optimizer:
+        """An optimizer of the model's trainable parameters.
+
+        Args:
+            model: what is trained.
+            lr: learning rate.
+            weight_decay: decoupled from the gradient.
+            **extras: what the techniques of the slot's other parts add (see ``OptimExtra``).
+
+        Raises:
+            CompositionError: for an extra that the method does not take.
+        """
 
     def check(self) -> None:
         """Refuse hyperparameters that make no sense.
@@ -44,23 +62,37 @@ class OptimMethod(Technique):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectedMethod(OptimMethod):
-    """A method of the algebra ``project x inner rule x residual``."""
-
-    kind: ClassVar[type[ProjectedOptimizer]]
-
-    @abstractmethod
-    def project(self) -> Project:
-        """The projection."""
-
-    @abstractmethod
-    def residual(self) -> Residual:
-        """The residual."""
+class OptimExtra(Technique):
+    """A technique that changes how any rule of the slot is run: how its states are kept, when gradients go."""
 
     @property
     @abstractmethod
+    def extras(self) -> Mapping[str, Any]:
+        """Arguments for ``OptimMethod.optimizer``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedMethod(OptimMethod):
+    """A method of the algebra. Without a projection all parameters follow AdamW."""
+
+    kind: ClassVar[type[ProjectedOptimizer]]
+
+    def project(self) -> Project | None:
+        """The projection of weight matrices."""
+        return None
+
+    def residual(self) -> Residual | None:
+        """What becomes of the gradient outside the subspace; needed with a projection."""
+        return None
+
+    def select(self) -> Select | None:
+        """The rule that chooses the blocks to train; all of them without one."""
+        return None
+
+    @property
     def refresh_steps(self) -> int:
         """Steps between two choices of the subspace."""
+        return 1
 
     @property
     def base_seed(self) -> int:
@@ -71,43 +103,48 @@ class ProjectedMethod(OptimMethod):
         """The rule that updates small gradients; Adam unless overridden."""
         return Adam(betas=betas, eps=eps)
 
-    def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> ProjectedOptimizer:
+    def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, **extras: Any) -> ProjectedOptimizer:
         """The torch optimizer of this method with these hyperparameters."""
-        return self.kind(model, lr=lr, weight_decay=weight_decay, **asdict(self))
+        return self.kind(model, lr=lr, weight_decay=weight_decay, **extras, **asdict(self))
 
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
-        """The ``optimizer`` account of every phase of training and the ``workspace`` of the update, in closed form."""
+        """The ``optimizer`` account of every phase of training and the ``workspace`` of the update, in closed form.
+
+        With a selection, ``gradients`` too are those of the largest choice.
+        """
         if not workload.training:
             return ledger
         changed = ledger.set(Account.OPTIMIZER, self.state_bytes(shape), phases=("forward", "backward", "step"))
-        return changed.set(Account.WORKSPACE, self.workspace_bytes(shape), phases=("step",))
+        changed = changed.set(Account.WORKSPACE, self.workspace_bytes(shape), phases=("step",))
+        share = self._most_at_once(shape, {p.name: p.nbytes for p in shape.parameters}) / shape.weight_bytes
+
+        def fewer(moment: Moment) -> Moment:
+            return moment.with_bytes(Account.GRADIENTS, int(share * moment.of(Account.GRADIENTS)))
+
+        return changed if share == 1 else changed.edit(fewer, phases=("backward", "step"))
 
     def state_bytes(self, shape: ModelShape) -> int:
-        """Bytes kept between steps: both moments of each small matrix, and what projection and residual keep.
+        """Bytes kept between steps: the moments of each small matrix, and what projection, rule and residual keep.
 
         A matrix of sides S <= L at rank R takes ``2 R L`` elements for Adam, and ``S R`` more where the basis is
-        stored; every other parameter takes twice its own elements.
+        stored; every other parameter takes twice its own elements. With a selection, the most of any choice.
         """
-        project, residual = self.project(), self.residual()
-        moments = len(self.inner((0.9, 0.999), 1e-8).moments)
-        projected, plain = split_shape(shape)
-        total = sum(len(Adam.moments) * p.nbytes for p in plain)
-        for p in projected:
-            side, long = sorted(p.shape[-2:])
-            count = p.numel // (side * long)
-            numel = moments * project.rank_of(side) * long + project.state_numel(side, long)
-            total += count * (numel * p.dtype.itemsize + residual.state_bytes(p.dtype))
-        return total
+        projected, plain = self._split(shape)
+        sizes = {p.name: len(Adam.moments) * p.nbytes for p in plain}
+        sizes |= {p.name: self._small_state_bytes(p) for p in projected}
+        return self._most_at_once(shape, sizes)
 
     def workspace_bytes(self, shape: ModelShape) -> int:
         """The most bytes of temporaries during one update."""
         project, residual = self.project(), self.residual()
-        projected, plain = split_shape(shape)
+        projected, plain = self._split(shape)
         most = 0
         if plain:
             size = max(p.dtype.itemsize for p in plain)
             most = 2 * size * min(CHUNK_NUMEL, sum(p.numel for p in plain))
-        sides = [tuple(sorted(p.shape[-2:])) for p in projected]
+        if project is None or residual is None:
+            return most
+        sides = [_sides(p) for p in projected]
         small = [p.numel // side * project.rank_of(side) for p, (side, _) in zip(projected, sides, strict=True)]
         for batch in chunks(small):
             size = max(projected[i].dtype.itemsize for i in batch)
@@ -122,18 +159,16 @@ class ProjectedMethod(OptimMethod):
 
     def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
         """AdamW's traffic less the moments that are gone, and the products with the basis."""
-        if not workload.training:
-            return work
         project = self.project()
-        projected, _ = split_shape(shape)
+        if not workload.training or project is None:
+            return work
         moved, flops = 0, 0.0
-        for p in projected:
-            side, long = sorted(p.shape[-2:])
+        for p in self._split(shape)[0]:
+            side, long = _sides(p)
             rank = project.rank_of(side)
             moved += (4 * p.numel // side * rank - 3 * p.numel) * p.dtype.itemsize
-            flops += (
-                4.0 * p.numel * rank + self.refresh_flops(side, long) * (p.numel // (side * long)) / self.refresh_steps
-            )
+            refresh = self.refresh_flops(side, long) * (p.numel // (side * long)) / self.refresh_steps
+            flops += 4.0 * p.numel * rank + refresh
         return work.plus("step", read_bytes=moved, flops=flops, dtype=str(shape.dtype).removeprefix("torch."))
 
     def refresh_flops(self, side: int, long: int) -> float:
@@ -146,184 +181,60 @@ class ProjectedMethod(OptimMethod):
         sides = [min(p.shape[-2:]) for p in split_shape(shape)[0]]
         ranks = {max(1, min(sides) // part) for part in (2, 4, 8)} if sides else set()
         yield cls()
-        for rank in sorted(ranks - {cls().project().rank}):
+        default = {f.name: f.default for f in fields(cls)}.get("rank")
+        for rank in sorted(ranks - {default}) if default is not None else ():
             yield cls.build({"rank": rank})
 
     def check(self) -> None:
-        """Refuse ranks and refresh intervals below 1 and scales that are not positive."""
+        """Refuse ranks and intervals below 1 and scales that are not positive."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str | bool):
+                continue
             if (field.name != "seed" and value <= 0) or value < 0:
                 raise ShapeError(f"{field.name} must be positive, not {value}", hint=f"default: {field.default}")
 
+    def _split(self, shape: ModelShape) -> tuple[list[ParameterShape], list[ParameterShape]]:
+        """The parameters that are projected, and the others."""
+        return split_shape(shape) if self.project() is not None else ([], list(shape.parameters))
 
-class ProjectedOptimizer(torch.optim.Optimizer):
-    """AdamW whose matrices go through ``project x inner rule x residual``; base of GaLore, Apollo and ApolloMini.
+    def _most_at_once(self, shape: ModelShape, sizes: Mapping[str, int]) -> int:
+        """The most bytes of parameters, given by name, that are trained at once."""
+        select = self.select()
+        if select is None:
+            return sum(sizes.values())
+        blocks: dict[str, int] = defaultdict(int)
+        for p in shape.parameters:
+            blocks[p.block] += sizes[p.name]
+        return blocks.pop("", 0) + sum(sorted(blocks.values())[-select.active :])
 
-    Args:
-        params: a model (its linear layers inside blocks are projected, see ``projected_groups``), or parameters
-            or parameter groups as for any torch optimizer. A group with ``projected=False`` follows plain AdamW;
-            in other groups all matrices are projected, and what is not a matrix follows plain AdamW.
-        lr: learning rate.
-        betas: Adam's decay rates.
-        eps: Adam's epsilon.
-        weight_decay: decoupled from the gradient, as in AdamW.
-        nonfinite: on a NaN or Inf in any gradient, ``"raise"`` or ``"skip"`` the whole step. Either way
-            nothing has been changed.
-        **hyperparameters: those of the method (the fields of ``method``), also settable in a group.
+    def _small_state_bytes(self, p: ParameterShape) -> int:
+        project, residual = self.project(), self.residual()
+        if project is None or residual is None:
+            return 0
+        inner = self.inner((0.9, 0.999), 1e-8)
+        side, long = _sides(p)
+        rank = project.rank_of(side)
+        count = p.numel // (side * long)
+        moments = len(inner.moments) * rank * long * p.dtype.itemsize
+        more = (part.state_bytes(side, long, p.dtype) for part in (project, residual))
+        return count * (moments + inner.state_bytes(rank, long, p.dtype) + sum(more))
 
-    Raises:
-        CompositionError: for an unknown hyperparameter.
-        ShapeError: for a value that makes no sense, or a sparse gradient.
-        TrainingError: in ``step``, for a gradient that is not finite.
-    """
 
-    method: ClassVar[type[ProjectedMethod]]
+def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, states: BlockStates) -> Ledger:
+    """A ledger whose ``optimizer`` account is packed, as if all of it were moments."""
+    if not workload.training:
+        return ledger
+    itemsize = shape.dtype.itemsize
 
-    def __init__(
-        self,
-        params: nn.Module | Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        **hyperparameters: float,
-    ) -> None:
-        self.nonfinite = nonfinite
-        settings = asdict(self.method.build(hyperparameters))
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True, **settings}
-        super().__init__(projected_groups(params) if isinstance(params, nn.Module) else params, defaults)
+    def pack(moment: Moment) -> Moment:
+        numel = moment.of(Account.OPTIMIZER) // itemsize
+        return moment.with_bytes(Account.OPTIMIZER, states.nbytes(numel, shape.dtype))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, now or later; they start at their own step 0."""
-        known = {"params", "initial_lr", *self.defaults}
-        unknown = sorted(key for key in set(param_group) - known if key != "param_names")
-        if unknown:
-            raise CompositionError(
-                f"{type(self).__name__} has no setting {', '.join(unknown)}",
-                hint=f"a parameter group takes: {', '.join(sorted(known))}",
-            )
-        self._method({**self.defaults, **param_group}).check()
-        super().add_param_group(param_group)
+    unpacked = 4 * 6 * min(CHUNK_NUMEL, ledger.peak_of(Account.OPTIMIZER) // itemsize)
+    return ledger.edit(pack).add(Account.WORKSPACE, unpacked, phases=("step",))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
 
-        Raises:
-            TrainingError: when a gradient is not finite (unless ``nonfinite`` is ``"skip"``).
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._finite():
-            return loss
-        for number, group in enumerate(self.param_groups):
-            present = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-            projected = [(i, p) for i, p in present if group["projected"] and is_matrix(p.shape)]
-            plain = [p for i, p in present if not (group["projected"] and is_matrix(p.shape))]
-            self._step_plain(plain, group)
-            self._step_projected([p for _, p in projected], [(number, i) for i, _ in projected], group)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state exactly: tensors keep the dtype they were saved in."""
-        super().load_state_dict(state_dict)
-        saved_groups = state_dict["param_groups"]
-        for saved, group in zip(saved_groups, self.param_groups, strict=True):
-            for key, parameter in zip(saved["params"], group["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
-                        self.state[parameter][name] = value.detach().clone().to(parameter.device)
-
-    def _method(self, group: dict[str, Any]) -> ProjectedMethod:
-        return self.method(**{field.name: group[field.name] for field in fields(self.method)})
-
-    def _finite(self) -> bool:
-        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        sparse = [tuple(p.shape) for p, g in gradients.items() if g.is_sparse]
-        if sparse:
-            raise ShapeError(f"sparse gradient of the parameter of shape {sparse[0]}", hint="set sparse=False")
-        real = [(p, g) for p, g in gradients.items() if has_values(g)]
-        if not real:
-            return True
-        norms = torch._foreach_norm([g for _, g in real])
-        # A norm may overflow where every element is finite, so only then are the elements looked at.
-        if torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).isfinite().all():
-            return True
-        bad = [tuple(p.shape) for p, g in real if not g.isfinite().all()]
-        if bad and self.nonfinite == "raise":
-            raise TrainingError(
-                f"NaN or Inf in the gradients of {len(bad)} parameters, the first of shape {bad[0]}",
-                hint='lower the learning rate, clip gradients, or pass nonfinite="skip"',
-            )
-        return not bad
-
-    def _step_plain(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        inner = Adam(betas=group["betas"], eps=group["eps"])
-        work: list[tuple[list[Tensor], int]] = []
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["step"] = 0
-                for name in inner.moments:
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"] += 1
-            columns = [pieces(t) for t in (p.detach(), p.grad, *(state[name] for name in inner.moments))]
-            aligned = len({len(column) for column in columns}) == 1
-            rows = zip(*columns, strict=True) if aligned else [(p.detach(), p.grad, *(state[n] for n in inner.moments))]
-            work += [(list(row), state["step"]) for row in rows]
-        for batch in chunks(row[0].numel() for row, _ in work):
-            self._plain_batch([work[i][0] for i in batch], [work[i][1] for i in batch], inner, group)
-
-    def _plain_batch(
-        self, rows: Sequence[Sequence[Tensor]], steps: Sequence[int], inner: Inner, group: dict[str, Any]
-    ) -> None:
-        targets, gradients, *moments = (list(column) for column in zip(*rows, strict=True))
-        directions = inner.directions(gradients, moments, steps)
-        self._decay_(targets, group)
-        torch._foreach_add_(targets, directions, alpha=-group["lr"])
-
-    def _step_projected(
-        self, parameters: Sequence[Tensor], numbers: Sequence[tuple[int, int]], group: dict[str, Any]
-    ) -> None:
-        method = self._method(group)
-        project = method.project()
-        gradients = [oriented(p.grad) for p in parameters if p.grad is not None]
-        sizes = [g.numel() // g.shape[-2] * project.rank_of(g.shape[-2]) for g in gradients]
-        for batch in chunks(sizes):
-            for i in batch:
-                self._prepare(self.state[parameters[i]], gradients[i], numbers[i], group)
-            self._step_batch([parameters[i] for i in batch], [gradients[i] for i in batch], group)
-
-    def _prepare(self, state: State, gradient: Tensor, number: tuple[int, int], group: dict[str, Any]) -> None:
-        method = self._method(group)
-        project = method.project()
-        if not state:
-            state["step"] = 0
-            rank = project.rank_of(gradient.shape[-2])
-            for name in method.inner(group["betas"], group["eps"]).moments:
-                state[name] = gradient.new_zeros((*gradient.shape[:-2], rank, gradient.shape[-1]))
-            method.residual().start_(state, gradient)
-        if state["step"] % method.refresh_steps == 0:
-            epoch = state["step"] // method.refresh_steps
-            project.refresh_(state, gradient, mix_seed(method.base_seed, *number, epoch))
-        state["step"] += 1
-
-    def _step_batch(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], group: dict[str, Any]) -> None:
-        method = self._method(group)
-        project, residual, inner = method.project(), method.residual(), method.inner(group["betas"], group["eps"])
-        states = [self.state[p] for p in parameters]
-        smalls = [project.down(state, gradient) for state, gradient in zip(states, gradients, strict=True)]
-        moments = [[state[name] for state in states] for name in inner.moments]
-        directions = inner.directions(smalls, moments, [state["step"] for state in states])
-        self._decay_([p.detach() for p in parameters], group)
-        for p, gradient, state, small, direction in zip(parameters, gradients, states, smalls, directions, strict=True):
-            residual.apply_(oriented(p.detach()), gradient, Small(small, direction), state, project, group["lr"])
-
-    def _decay_(self, targets: list[Tensor], group: dict[str, Any]) -> None:
-        if group["weight_decay"]:
-            torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+def _sides(p: ParameterShape) -> tuple[int, int]:
+    side, long = sorted(p.shape[-2:])
+    return side, long

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pintpot.optim._project import State
+
 
 @dataclass(frozen=True)
 class Inner(ABC):
@@ -22,6 +24,21 @@ class Inner(ABC):
     """
 
     moments: tuple[str, ...] = ()
+
+    def start_(self, state: State, gradient: Tensor, shape: torch.Size) -> None:  # noqa: B027 - most keep no more
+        """Put into a fresh ``state`` what is kept beside the moments, for small gradients of this shape."""
+
+    def enter(self, state: State, small: Tensor) -> Tensor:
+        """The small gradient as the rule sees it (in another frame, preconditioned)."""
+        return small
+
+    def leave(self, state: State, direction: Tensor) -> Tensor:
+        """A direction of the rule as the residual sees it: back from the frame of ``enter``."""
+        return direction
+
+    def state_bytes(self, rank: int, long: int, dtype: torch.dtype) -> int:
+        """Bytes kept beside the moments for one small matrix (rank, long)."""
+        return 0
 
     @abstractmethod
     def directions(

@@ -7,6 +7,7 @@ with ``S <= L``; leading dimensions (packed experts) are a batch. The small matr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,29 @@ class Project(ABC):
         """The rank used for a matrix whose smaller side is ``side``."""
         return min(self.rank, side)
 
+    def due(self, state: State, gap: int) -> bool:
+        """Whether the subspace is to be chosen now, before the update that follows ``state["step"]`` others."""
+        return bool(state["step"] % gap == 0)
+
     @abstractmethod
-    def refresh_(self, state: State, gradient: Tensor, seed: int) -> None:
-        """Choose the subspace anew, and put into ``state`` what is needed to use it again."""
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """Choose the subspace anew, and put into ``state`` what is needed to use it again.
+
+        Args:
+            state: what is kept for the parameter; holds the last subspace, if there was one.
+            gradient: ``(..., S, L)``.
+            seed: differs by parameter and turn.
+            moments: those of the inner rule by name, to be carried over in place where the method does so; empty at
+                the first time.
+        """
 
     @abstractmethod
     def basis(self, state: State, gradient: Tensor) -> Tensor:
         """The basis of the current subspace, ``(..., S, R)`` or ``(S, R)``."""
 
     @abstractmethod
-    def state_numel(self, side: int, long: int) -> int:
-        """Elements kept between steps for one matrix."""
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Bytes kept between steps for one matrix of a dtype."""
 
     @abstractmethod
     def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
@@ -72,7 +85,7 @@ class LeadingSubspace(Project):
     that moments kept across refreshes meet vectors of the same orientation.
     """
 
-    def refresh_(self, state: State, gradient: Tensor, seed: int) -> None:
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
         """Store the basis ``(..., S, R)``, in the gradient's dtype."""
         side, long = gradient.shape[-2:]
         gram = gradient.new_zeros((*gradient.shape[:-2], side, side), dtype=torch.float64)
@@ -89,9 +102,9 @@ class LeadingSubspace(Project):
         stored: Tensor = state["basis"]
         return stored
 
-    def state_numel(self, side: int, long: int) -> int:
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
         """The basis, S x R."""
-        return side * self.rank_of(side)
+        return side * self.rank_of(side) * dtype.itemsize
 
     def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
         """At a refresh, in float64: the sum, an addend and a strip of the gradient; then the sum and eigenvectors."""
@@ -106,7 +119,7 @@ class LeadingSubspace(Project):
 class RandomSubspace(Project):
     """Onto random directions with entries from N(0, 1/R), made again from a seed whenever needed (APOLLO, sec. 4.1)."""
 
-    def refresh_(self, state: State, gradient: Tensor, seed: int) -> None:
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
         """Store the new seed, an integer; no matrix is kept."""
         state["seed"] = seed
 
@@ -120,7 +133,7 @@ class RandomSubspace(Project):
         drawn = torch.randn((rank, side), generator=generator, device=gradient.device, dtype=torch.float32)
         return drawn.mul_(rank**-0.5).to(gradient.dtype).mT
 
-    def state_numel(self, side: int, long: int) -> int:
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
         """Nothing: the seed is a Python integer."""
         return 0
 

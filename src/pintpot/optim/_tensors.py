@@ -35,11 +35,6 @@ def chunks(sizes: Iterable[int], limit: int = CHUNK_NUMEL) -> Iterator[list[int]
         yield batch
 
 
-def pieces(tensor: Tensor, limit: int = CHUNK_NUMEL) -> list[Tensor]:
-    """Flat views of a tensor, each of at most ``limit`` elements; the tensor itself where it is not contiguous."""
-    return list(tensor.view(-1).split(limit)) if tensor.is_contiguous() and tensor.numel() > limit else [tensor]
-
-
 def mix_seed(seed: int, *indices: int) -> int:
     """A 63-bit seed that depends on every argument (the finaliser of SplitMix64, Steele et al. 2014, per index)."""
     mask = (1 << 64) - 1

@@ -20,7 +20,8 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.optim._base import ProjectedMethod, ProjectedOptimizer
+from pintpot.optim._base import ProjectedMethod
+from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import split_shape
 from pintpot.optim._project import LeadingSubspace, Project
 from pintpot.optim._residual import Drop, Residual

@@ -1,0 +1,353 @@
+"""The engine of the optimizer wing: runs ``select x project x inner rule x residual`` over parameter groups.
+
+Shapes: parameters of any shape. Those that are projected are matrices or stacks of matrices, seen by the parts
+with the smaller side first (see ``_project``). All temporaries are of one batch of at most ``CHUNK_NUMEL`` elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pintpot.core.errors import CompositionError, ShapeError, TrainingError
+from pintpot.optim._groups import is_matrix, projected_groups
+from pintpot.optim._inner import Adam, Inner
+from pintpot.optim._project import Project, State
+from pintpot.optim._residual import Small
+from pintpot.optim._select import Select, blocks_of
+from pintpot.optim._states import STATES
+from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented
+
+if TYPE_CHECKING:
+    from pintpot.optim._base import ProjectedMethod
+
+
+class ProjectedOptimizer(torch.optim.Optimizer):
+    """AdamW whose matrices go through the parts of a method; base of GaLore, Apollo and the others.
+
+    Args:
+        params: a model (its linear layers inside blocks are projected, see ``projected_groups``), or parameters
+            or parameter groups as for any torch optimizer. A group with ``projected=False`` follows plain AdamW;
+            in other groups all matrices are projected, and what is not a matrix follows plain AdamW. A method that
+            selects blocks needs the model.
+        lr: learning rate.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        weight_decay: decoupled from the gradient, as in AdamW.
+        nonfinite: on a NaN or Inf in any gradient, ``"raise"`` or ``"skip"`` the whole step. Either way
+            nothing has been changed. (With released gradients, that parameter's update.)
+        state_bits: how moments are kept: 8 or 4 bits in blocks, or 32 for the parameter's dtype.
+        release_gradients: update each parameter as its gradient arrives in the backward pass, and free the gradient;
+            ``step`` then only ends the step. Not for accumulated or clipped gradients: none is there to clip.
+        **hyperparameters: those of the method (the fields of ``method``), also settable in a group.
+
+    Raises:
+        CompositionError: for an unknown hyperparameter, or a selection without a model.
+        ShapeError: for a value that makes no sense, or a sparse gradient.
+        TrainingError: in ``step``, for a gradient that is not finite.
+    """
+
+    method: ClassVar[type[ProjectedMethod]]
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        state_bits: int = 32,
+        release_gradients: bool = False,
+        **hyperparameters: float,
+    ) -> None:
+        if state_bits not in STATES:
+            raise ShapeError(f"state_bits must be one of {', '.join(map(str, STATES))}, not {state_bits}", hint="use 8")
+        self.nonfinite = nonfinite
+        self.states = STATES[state_bits]
+        self.releases_gradients = release_gradients
+        self._squares: list[Tensor] = []
+        settings = asdict(self.method.build(hyperparameters))
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True, **settings}
+        super().__init__(projected_groups(params) if isinstance(params, nn.Module) else params, defaults)
+        if release_gradients:
+            self._release()
+        self.selection = self._selection_of(params)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, now or later; they start at their own step 0."""
+        known = {"params", "initial_lr", *self.defaults}
+        unknown = sorted(key for key in set(param_group) - known if key != "param_names")
+        if unknown:
+            raise CompositionError(
+                f"{type(self).__name__} has no setting {', '.join(unknown)}",
+                hint=f"a parameter group takes: {', '.join(sorted(known))}",
+            )
+        self._method({**self.defaults, **param_group}).check()
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient (with released gradients, the end of one).
+
+        Raises:
+            TrainingError: when a gradient is not finite (unless ``nonfinite`` is ``"skip"``).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        present = [
+            (p, number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        if self._finite([p for p, _, _ in present]):
+            for number, group in enumerate(self.param_groups):
+                self._update([(p, (n, i)) for p, n, i in present if n == number], group)
+        if self.selection is not None:
+            self.selection.advance_(self)
+        return loss
+
+    def gradient_norm(self) -> float:
+        """The norm of the whole gradient whose parts were released since this was last asked."""
+        squares, self._squares = self._squares, []
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of a torch optimizer, and where the selection stands."""
+        held = super().state_dict()
+        return held if self.selection is None else {**held, "selection": self.selection.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state exactly: tensors keep the dtype they were saved in."""
+        if self.selection is not None:
+            self.selection.restore_(state_dict.get("selection", 0))
+        super().load_state_dict(state_dict)
+        saved_groups = state_dict["param_groups"]
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            for key, parameter in zip(saved["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
+                        self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+    def _method(self, group: dict[str, Any]) -> ProjectedMethod:
+        return self.method(**{field.name: group[field.name] for field in fields(self.method)})
+
+    def _selection_of(self, params: nn.Module | Iterable[Any]) -> Selection | None:
+        rule = self._method(self.defaults).select()
+        if rule is None:
+            return None
+        if not isinstance(params, nn.Module):
+            raise CompositionError(
+                f"{type(self).__name__} selects blocks of a model", hint="give the model instead of its parameters"
+            )
+        return Selection(rule, blocks_of(params))
+
+    def _release(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(self._arrived(number, index))
+
+    def _arrived(self, number: int, index: int) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def update(p: Tensor) -> None:
+            if p.grad is not None and self._finite([p]):
+                if has_values(p):
+                    self._squares.append(p.grad.float().square().sum())
+                self._update([(p, (number, index))], self.param_groups[number])
+            p.grad = None
+
+        return update
+
+    def _finite(self, parameters: Sequence[Tensor]) -> bool:
+        gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+        sparse = [tuple(p.shape) for p, g in gradients if g.is_sparse]
+        if sparse:
+            raise ShapeError(f"sparse gradient of the parameter of shape {sparse[0]}", hint="set sparse=False")
+        real = [(p, g) for p, g in gradients if has_values(g)]
+        if not real:
+            return True
+        norms = torch._foreach_norm([g for _, g in real])
+        # A norm may overflow where every element is finite, so only then are the elements looked at.
+        if torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).isfinite().all():
+            return True
+        bad = [tuple(p.shape) for p, g in real if not g.isfinite().all()]
+        if bad and self.nonfinite == "raise":
+            raise TrainingError(
+                f"NaN or Inf in the gradients of {len(bad)} parameters, the first of shape {bad[0]}",
+                hint='lower the learning rate, clip gradients, or pass nonfinite="skip"',
+            )
+        return not bad
+
+    def _update(self, parameters: Sequence[tuple[Tensor, tuple[int, int]]], group: dict[str, Any]) -> None:
+        method = self._method(group)
+        project = method.project() if group["projected"] else None
+        small = [(p, number) for p, number in parameters if project is not None and is_matrix(p.shape)]
+        self._step_plain([p for p, _ in parameters if project is None or not is_matrix(p.shape)], group)
+        if project is not None:
+            self._step_projected(small, method, project, group)
+
+    def _step_plain(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+        inner = Adam(betas=group["betas"], eps=group["eps"])
+        work: list[tuple[Tensor, slice | None]] = []
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                for name in inner.moments:
+                    self.states.start_(state, name, p, p.shape)
+            state["step"] += 1
+            flat = p.numel() > CHUNK_NUMEL and p.is_contiguous() and p.grad is not None and p.grad.is_contiguous()
+            starts = range(0, p.numel(), CHUNK_NUMEL) if flat else ()
+            work += [(p, slice(s, min(s + CHUNK_NUMEL, p.numel()))) for s in starts] or [(p, None)]
+        for batch in chunks(p.numel() if piece is None else piece.stop - piece.start for p, piece in work):
+            self._plain_batch([work[i] for i in batch], inner, group)
+
+    def _plain_batch(self, batch: Sequence[tuple[Tensor, slice | None]], inner: Inner, group: dict[str, Any]) -> None:
+        states = [self.state[p] for p, _ in batch]
+        targets = [_piece(p.detach(), piece) for p, piece in batch]
+        gradients = [_piece(p.grad, piece) for p, piece in batch if p.grad is not None]
+        moments = [
+            [self.states.read(s, name, p.shape, piece) for s, (p, piece) in zip(states, batch, strict=True)]
+            for name in inner.moments
+        ]
+        directions = inner.directions(gradients, moments, [s["step"] for s in states])
+        for name, values in zip(inner.moments, moments, strict=True):
+            for s, (_, piece), value in zip(states, batch, values, strict=True):
+                self.states.write_(s, name, value, piece)
+        self._decay_(targets, group)
+        torch._foreach_add_(targets, directions, alpha=-group["lr"])
+
+    def _step_projected(
+        self,
+        parameters: Sequence[tuple[Tensor, tuple[int, int]]],
+        method: ProjectedMethod,
+        project: Project,
+        group: dict[str, Any],
+    ) -> None:
+        inner = method.inner(group["betas"], group["eps"])
+        gradients = [oriented(p.grad) for p, _ in parameters if p.grad is not None]
+        sizes = [g.numel() // g.shape[-2] * project.rank_of(g.shape[-2]) for g in gradients]
+        for batch in chunks(sizes):
+            for i in batch:
+                p, number = parameters[i]
+                self._prepare(self.state[p], gradients[i], number, method, project, inner)
+            chosen = [parameters[i][0] for i in batch]
+            self._step_batch(chosen, [gradients[i] for i in batch], method, project, inner, group)
+
+    def _prepare(
+        self,
+        state: State,
+        gradient: Tensor,
+        number: tuple[int, int],
+        method: ProjectedMethod,
+        project: Project,
+        inner: Inner,
+    ) -> None:
+        """Make a fresh state, and choose the subspace when it is time."""
+        shape = torch.Size((*gradient.shape[:-2], project.rank_of(gradient.shape[-2]), gradient.shape[-1]))
+        residual = method.residual()
+        if not state:
+            state["step"] = 0
+            for name in inner.moments:
+                self.states.start_(state, name, gradient, shape)
+            inner.start_(state, gradient, shape)
+            if residual is not None:
+                residual.start_(state, gradient)
+        if project.due(state, method.refresh_steps):
+            turn = state["step"] // method.refresh_steps
+            moments = {name: self.states.read(state, name, shape) for name in inner.moments} if turn else {}
+            project.refresh_(state, gradient, mix_seed(method.base_seed, *number, turn), moments)
+            for name, value in moments.items():
+                self.states.write_(state, name, value)
+        state["step"] += 1
+
+    def _step_batch(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        method: ProjectedMethod,
+        project: Project,
+        inner: Inner,
+        group: dict[str, Any],
+    ) -> None:
+        residual = method.residual()
+        states = [self.state[p] for p in parameters]
+        smalls = [project.down(state, gradient) for state, gradient in zip(states, gradients, strict=True)]
+        seen = [inner.enter(state, small) for state, small in zip(states, smalls, strict=True)]
+        moments = [
+            [self.states.read(state, name, small.shape) for state, small in zip(states, smalls, strict=True)]
+            for name in inner.moments
+        ]
+        directions = inner.directions(seen, moments, [state["step"] for state in states])
+        for name, values in zip(inner.moments, moments, strict=True):
+            for state, value in zip(states, values, strict=True):
+                self.states.write_(state, name, value)
+        self._decay_([p.detach() for p in parameters], group)
+        for p, gradient, state, small, direction in zip(parameters, gradients, states, smalls, directions, strict=True):
+            made = Small(small, inner.leave(state, direction))
+            if residual is not None:
+                residual.apply_(oriented(p.detach()), gradient, made, state, project, group["lr"])
+
+    def _decay_(self, targets: list[Tensor], group: dict[str, Any]) -> None:
+        if group["weight_decay"]:
+            torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+
+
+class Selection:
+    """The blocks that are trained now, and when they change.
+
+    Args:
+        rule: chooses them.
+        blocks: the parameters of each block.
+    """
+
+    def __init__(self, rule: Select, blocks: Sequence[Sequence[nn.Parameter]]) -> None:
+        self.rule, self.blocks, self.steps = rule, blocks, 0
+        self.active: list[int] = []
+        self._choose()
+
+    def advance_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count a step; when it is time, freeze the blocks of this turn, forget their state, and choose others."""
+        self.steps += 1
+        if self.steps % self.rule.every == 0:
+            before = set(self.active)
+            self._choose()
+            for number in before - set(self.active):
+                for p in self.blocks[number]:
+                    optimizer.state.pop(p, None)
+        elif self.rule.looks and (self.steps + 1) % self.rule.every == 0:
+            self._train(range(len(self.blocks)))
+
+    def restore_(self, steps: int) -> None:
+        """Train what was trained after so many steps."""
+        self.steps = steps
+        self._choose()
+
+    def _choose(self) -> None:
+        turn = self.steps // self.rule.every
+        count = min(self.rule.active, len(self.blocks))
+        # On shapes alone the first blocks stand for any: with them the backward pass goes through the whole model.
+        real = all(has_values(p) for block in self.blocks for p in block)
+        self.active = self.rule.choose(self.blocks, turn) if real else list(range(count))
+        self._train(self.active)
+
+    def _train(self, numbers: Iterable[int]) -> None:
+        chosen = set(numbers)
+        for number, block in enumerate(self.blocks):
+            for p in block:
+                p.requires_grad_(number in chosen)
+                if number not in chosen:
+                    p.grad = None
+
+
+def _piece(tensor: Tensor, piece: slice | None) -> Tensor:
+    return tensor if piece is None else tensor.view(-1)[piece]

@@ -1,0 +1,172 @@
+"""The ``states`` part: how moments are kept between steps, whole or in blocks of 8 or 4 bits.
+
+Shapes: a moment of any shape, seen flat; N elements in B = ceil(N / block) blocks. Codes are uint8, (N,) at 8 bits and
+(ceil(N / 2),) at 4, each block scaled by the float32 largest magnitude in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pintpot.optim._project import State
+from pintpot.optim._tensors import has_values
+
+SCALE = "_scale"
+"""What is added to a moment's name for the scales of its blocks."""
+
+
+class States(ABC):
+    """How the moments of an inner rule are kept.
+
+    Moments are read and written in *pieces* (slices of the flat moment that begin at a multiple of a block), so that
+    what is unpacked at once stays small.
+    """
+
+    @abstractmethod
+    def start_(self, state: State, name: str, like: Tensor, shape: torch.Size) -> None:
+        """Put a moment of zeros of this shape into ``state``."""
+
+    @abstractmethod
+    def read(self, state: State, name: str, shape: torch.Size, piece: slice | None = None) -> Tensor:
+        """The moment in ``shape``, or a flat piece of it. A change of the result is kept only by ``write_``."""
+
+    @abstractmethod
+    def write_(self, state: State, name: str, value: Tensor, piece: slice | None = None) -> None:
+        """Keep a moment, or a flat piece of it."""
+
+    @abstractmethod
+    def nbytes(self, numel: int, dtype: torch.dtype) -> int:
+        """Bytes of a moment of so many elements for a parameter of this dtype."""
+
+
+@dataclass(frozen=True)
+class DenseStates(States):
+    """Tensors of the parameter's dtype, updated in place."""
+
+    def start_(self, state: State, name: str, like: Tensor, shape: torch.Size) -> None:
+        """A tensor of zeros, laid out as the parameter where it has the parameter's shape."""
+        state[name] = torch.zeros_like(like) if shape == like.shape else like.new_zeros(shape)
+
+    def read(self, state: State, name: str, shape: torch.Size, piece: slice | None = None) -> Tensor:
+        """The tensor itself."""
+        stored: Tensor = state[name]
+        return stored if piece is None else stored.view(-1)[piece]
+
+    def write_(self, state: State, name: str, value: Tensor, piece: slice | None = None) -> None:
+        """Nothing: it was changed in place."""
+
+    def nbytes(self, numel: int, dtype: torch.dtype) -> int:
+        """All elements in the dtype."""
+        return numel * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BlockStates(States):
+    """Codes of 8 or 4 bits with one scale a block.
+
+    At 8 bits the levels are the dynamic tree of Dettmers et al. 2021 (arXiv:2110.02861, sec. 2.2). At 4 bits they are
+    those of Li et al. 2023 (arXiv:2309.01507, sec. 3): the tree for signed moments, evenly spaced ones without zero for
+    unsigned.
+    A value becomes the level nearest to its rounding to bfloat16, by one look-up.
+
+    Attributes:
+        bits: 8 or 4.
+        block: elements that share a scale, even.
+        unsigned: names of the moments that are never negative.
+    """
+
+    bits: int
+    block: int
+    unsigned: tuple[str, ...] = ("exp_avg_sq",)
+
+    def start_(self, state: State, name: str, like: Tensor, shape: torch.Size) -> None:
+        """The codes of zeros."""
+        numel = shape.numel()
+        state[name] = torch.empty(self._code_bytes(numel), dtype=torch.uint8, device=like.device)
+        state[name + SCALE] = torch.empty(-(-numel // self.block), dtype=torch.float32, device=like.device)
+        self.write_(state, name, torch.zeros(numel, device=like.device))
+
+    def read(self, state: State, name: str, shape: torch.Size, piece: slice | None = None) -> Tensor:
+        """The numbers that the codes stand for, float32."""
+        start, stop = (0, shape.numel()) if piece is None else (piece.start, piece.stop)
+        codes = state[name][self._code_bytes(start) : self._code_bytes(stop)]
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(-1)[: stop - start]
+        scales = state[name + SCALE][start // self.block : -(-stop // self.block)]
+        numbers = _look_up(_levels, self.bits, name in self.unsigned, codes.int(), torch.float32)
+        numbers = self._blocks(numbers).mul_(scales[:, None]).view(-1)[: stop - start]
+        return numbers.view(shape) if piece is None else numbers
+
+    def write_(self, state: State, name: str, value: Tensor, piece: slice | None = None) -> None:
+        """Encode."""
+        start, stop = (0, value.numel()) if piece is None else (piece.start, piece.stop)
+        blocks = self._blocks(value.reshape(-1).float())
+        scales = blocks.abs().amax(dim=-1)
+        state[name + SCALE][start // self.block : -(-stop // self.block)] = scales
+        ratios = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: stop - start]
+        codes = _look_up(_codes, self.bits, name in self.unsigned, _bits_of(ratios), torch.uint8)
+        if self.bits == 4:
+            codes = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+            codes = codes[:, 0] | (codes[:, 1] << 4)
+        state[name][self._code_bytes(start) : self._code_bytes(stop)] = codes
+
+    def nbytes(self, numel: int, dtype: torch.dtype) -> int:
+        """Codes and scales, whatever the parameter's dtype."""
+        return self._code_bytes(numel) + 4 * -(-numel // self.block)
+
+    def _code_bytes(self, numel: int) -> int:
+        return numel if self.bits == 8 else -(-numel // 2)
+
+    def _blocks(self, flat: Tensor) -> Tensor:
+        return functional.pad(flat, (0, -flat.numel() % self.block)).view(-1, self.block)
+
+
+EIGHT_BIT = BlockStates(bits=8, block=256)
+FOUR_BIT = BlockStates(bits=4, block=128)
+STATES: dict[int, States] = {32: DenseStates(), 8: EIGHT_BIT, 4: FOUR_BIT}
+"""The kinds of states by ``state_bits``; 32 stands for the parameter's own dtype."""
+
+
+@lru_cache(maxsize=8)
+def _levels(bits: int, unsigned: bool) -> Tensor:
+    """The numbers from -1 (or 0) to 1 that codes stand for, ascending, float32 (2 ** bits,)."""
+    count = 1 << bits
+    if unsigned and bits == 4:
+        return torch.linspace(0, 1, count + 1)[1:]
+    tree: list[float] = [0.0, 1.0]
+    for decade in range(bits - 1):
+        # Each decade has twice the levels of the one below it, and twice as many again where no sign is needed.
+        edges = torch.linspace(0.1, 1.0, (2 << decade if unsigned else 1 << decade) + 1, dtype=torch.float64)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - bits + 2)
+        tree += middles.tolist() if unsigned else [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(tree), dtype=torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _codes(bits: int, unsigned: bool) -> Tensor:
+    """The code of the nearest level by the 16 bits of a bfloat16 number, uint8 (65536,)."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = torch.nan_to_num(every, nan=0.0).clamp(-1, 1)
+    levels = _levels(bits, unsigned)
+    return torch.bucketize(every, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+
+
+def _look_up(
+    table: Callable[[int, bool], Tensor], bits: int, unsigned: bool, places: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The table's entries at ``places`` (of a tensor that has only a shape, a tensor of that shape)."""
+    if not has_values(places):
+        return places.new_empty(places.shape, dtype=dtype)
+    return table(bits, unsigned).to(places.device)[places]
+
+
+def _bits_of(numbers: Tensor) -> Tensor:
+    """The 16 bits of each number rounded to bfloat16, int32."""
+    return numbers.to(torch.bfloat16).view(torch.int16).int().bitwise_and_(0xFFFF)
