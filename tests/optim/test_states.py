@@ -7,15 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pintpot.core.errors import ShapeError
 from pintpot.optim import AdamW
-from pintpot.optim._states import EIGHT_BIT, FOUR_BIT, STATES, _levels
+from pintpot.optim._states import STATE_BITS, levels_of, states_of
 
-PACKED = {8: EIGHT_BIT, 4: FOUR_BIT}
+PACKED = {bits: states_of(bits) for bits in (8, 4)}
 
 
 @pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_levels_are_those_of_the_papers(bits, unsigned):
-    levels = _levels(bits, unsigned)
+    levels = torch.tensor(levels_of(bits, unsigned))
     assert len(levels) == len(levels.unique()) == 1 << bits
     assert float(levels[-1]) == 1.0
     if unsigned:
@@ -39,7 +39,7 @@ def test_a_value_becomes_the_nearest_level_of_its_block(bits, name):
     assert sum(t.nbytes for t in state.values()) == states.nbytes(value.numel(), torch.float32)
     flat = torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % states.block)).view(-1, states.block)
     scale = flat.abs().amax(1, keepdim=True)
-    levels = _levels(bits, name == "exp_avg_sq") * scale
+    levels = torch.tensor(levels_of(bits, name == "exp_avg_sq")) * scale
     nearest = (flat[:, :, None] - levels[:, None, :]).abs().amin(2).view(-1)[: value.numel()]
     error = (read - value).abs().view(-1)
     # Rounding to bfloat16 first shifts a value by at most 2**-8 of it: past the middle of two levels, and back.
@@ -62,7 +62,7 @@ def test_pieces_are_the_whole(bits):
     assert all(torch.equal(whole[key], parted[key]) for key in whole)
 
 
-@pytest.mark.parametrize("bits", STATES)
+@pytest.mark.parametrize("bits", STATE_BITS)
 def test_adamw_with_packed_moments_stays_near_adamw(bits):
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 3000).view(30, 100)) for _ in range(2))
     mine = AdamW([ours], lr=0.01, weight_decay=0.1, state_bits=bits)

@@ -29,7 +29,7 @@ from pintpot.optim._inner import Adam, Inner
 from pintpot.optim._project import Project
 from pintpot.optim._residual import Residual
 from pintpot.optim._select import Select
-from pintpot.optim._states import BlockStates
+from pintpot.optim._states import states_of
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks
 
 
@@ -221,11 +221,11 @@ class ProjectedMethod(OptimMethod):
         return count * (moments + inner.state_bytes(rank, long, p.dtype) + sum(more))
 
 
-def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, states: BlockStates) -> Ledger:
+def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, bits: int) -> Ledger:
     """A ledger whose ``optimizer`` account is packed, as if all of it were moments."""
     if not workload.training:
         return ledger
-    itemsize = shape.dtype.itemsize
+    itemsize, states = shape.dtype.itemsize, states_of(bits)
 
     def pack(moment: Moment) -> Moment:
         numel = moment.of(Account.OPTIMIZER) // itemsize

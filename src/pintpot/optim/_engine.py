@@ -19,7 +19,7 @@ from pintpot.optim._inner import Adam, Inner
 from pintpot.optim._project import Project, State
 from pintpot.optim._residual import Small
 from pintpot.optim._select import Select, blocks_of
-from pintpot.optim._states import STATES
+from pintpot.optim._states import STATE_BITS, states_of
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         release_gradients: bool = False,
         **hyperparameters: float,
     ) -> None:
-        if state_bits not in STATES:
-            raise ShapeError(f"state_bits must be one of {', '.join(map(str, STATES))}, not {state_bits}", hint="use 8")
+        if state_bits not in STATE_BITS:
+            raise ShapeError(f"state_bits must be one of {STATE_BITS}, not {state_bits}", hint="use 8")
         self.nonfinite = nonfinite
-        self.states = STATES[state_bits]
+        self.states = states_of(state_bits)
         self.releases_gradients = release_gradients
         self._squares: list[Tensor] = []
         settings = asdict(self.method.build(hyperparameters))

@@ -7,16 +7,13 @@ Shapes: a moment of any shape, seen flat; N elements in B = ceil(N / block) bloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pintpot.optim._project import State
-from pintpot.optim._tensors import has_values
 
 SCALE = "_scale"
 """What is added to a moment's name for the scales of its blocks."""
@@ -80,11 +77,13 @@ class BlockStates(States):
         bits: 8 or 4.
         block: elements that share a scale, even.
         unsigned: names of the moments that are never negative.
+        tables: those made so far, by kind, sign and device; an optimizer has its own.
     """
 
     bits: int
     block: int
     unsigned: tuple[str, ...] = ("exp_avg_sq",)
+    tables: dict[tuple[str, bool, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def start_(self, state: State, name: str, like: Tensor, shape: torch.Size) -> None:
         """The codes of zeros."""
@@ -100,7 +99,7 @@ class BlockStates(States):
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(-1)[: stop - start]
         scales = state[name + SCALE][start // self.block : -(-stop // self.block)]
-        numbers = _look_up(_levels, self.bits, name in self.unsigned, codes.int(), torch.float32)
+        numbers = self._table("levels", name, codes.device)[codes.int()]
         numbers = self._blocks(numbers).mul_(scales[:, None]).view(-1)[: stop - start]
         return numbers.view(shape) if piece is None else numbers
 
@@ -111,7 +110,7 @@ class BlockStates(States):
         scales = blocks.abs().amax(dim=-1)
         state[name + SCALE][start // self.block : -(-stop // self.block)] = scales
         ratios = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: stop - start]
-        codes = _look_up(_codes, self.bits, name in self.unsigned, _bits_of(ratios), torch.uint8)
+        codes = self._table("codes", name, value.device)[_bits_of(ratios)]
         if self.bits == 4:
             codes = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
             codes = codes[:, 0] | (codes[:, 1] << 4)
@@ -121,6 +120,14 @@ class BlockStates(States):
         """Codes and scales, whatever the parameter's dtype."""
         return self._code_bytes(numel) + 4 * -(-numel // self.block)
 
+    def _table(self, kind: str, name: str, device: torch.device) -> Tensor:
+        """``levels``, float32 (2 ** bits,), or ``codes``, uint8 (65536,), for a moment."""
+        unsigned = name in self.unsigned
+        if (kind, unsigned, device) not in self.tables:
+            levels = torch.tensor(levels_of(self.bits, unsigned), dtype=torch.float32, device=device)
+            self.tables[kind, unsigned, device] = levels if kind == "levels" else _codes(levels)
+        return self.tables[kind, unsigned, device]
+
     def _code_bytes(self, numel: int) -> int:
         return numel if self.bits == 8 else -(-numel // 2)
 
@@ -128,43 +135,33 @@ class BlockStates(States):
         return functional.pad(flat, (0, -flat.numel() % self.block)).view(-1, self.block)
 
 
-EIGHT_BIT = BlockStates(bits=8, block=256)
-FOUR_BIT = BlockStates(bits=4, block=128)
-STATES: dict[int, States] = {32: DenseStates(), 8: EIGHT_BIT, 4: FOUR_BIT}
-"""The kinds of states by ``state_bits``; 32 stands for the parameter's own dtype."""
+STATE_BITS = (32, 8, 4)
+"""The kinds of states; 32 stands for the parameter's own dtype."""
 
 
-@lru_cache(maxsize=8)
-def _levels(bits: int, unsigned: bool) -> Tensor:
-    """The numbers from -1 (or 0) to 1 that codes stand for, ascending, float32 (2 ** bits,)."""
-    count = 1 << bits
+def states_of(bits: int) -> States:
+    """New states of one of the kinds."""
+    return DenseStates() if bits == 32 else BlockStates(bits=bits, block={8: 256, 4: 128}[bits])
+
+
+def levels_of(bits: int, unsigned: bool) -> list[float]:
+    """The numbers from -1 (or 0) to 1 that codes stand for, ascending, 2 ** bits of them."""
     if unsigned and bits == 4:
-        return torch.linspace(0, 1, count + 1)[1:]
+        return [(place + 1) / 16 for place in range(16)]
     tree: list[float] = [0.0, 1.0]
     for decade in range(bits - 1):
         # Each decade has twice the levels of the one below it, and twice as many again where no sign is needed.
-        edges = torch.linspace(0.1, 1.0, (2 << decade if unsigned else 1 << decade) + 1, dtype=torch.float64)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - bits + 2)
-        tree += middles.tolist() if unsigned else [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(tree), dtype=torch.float32)
+        count = 2 << decade if unsigned else 1 << decade
+        middles = [(0.1 + 0.9 * (place + 0.5) / count) * 10.0 ** (decade - bits + 2) for place in range(count)]
+        tree += middles if unsigned else [*middles, *(-middle for middle in middles)]
+    return sorted(tree)
 
 
-@lru_cache(maxsize=8)
-def _codes(bits: int, unsigned: bool) -> Tensor:
+def _codes(levels: Tensor) -> Tensor:
     """The code of the nearest level by the 16 bits of a bfloat16 number, uint8 (65536,)."""
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = torch.arange(1 << 16, dtype=torch.int32, device=levels.device).to(torch.int16).view(torch.bfloat16).float()
     every = torch.nan_to_num(every, nan=0.0).clamp(-1, 1)
-    levels = _levels(bits, unsigned)
     return torch.bucketize(every, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
-
-
-def _look_up(
-    table: Callable[[int, bool], Tensor], bits: int, unsigned: bool, places: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The table's entries at ``places`` (of a tensor that has only a shape, a tensor of that shape)."""
-    if not has_values(places):
-        return places.new_empty(places.shape, dtype=dtype)
-    return table(bits, unsigned).to(places.device)[places]
 
 
 def _bits_of(numbers: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.optim._base import OptimExtra, packed_states
-from pintpot.optim._states import FOUR_BIT
 
 
 @technique(
@@ -44,11 +43,11 @@ class FourBitStates(OptimExtra):
     @property
     def extras(self) -> Mapping[str, Any]:
         """``state_bits=4``."""
-        return {"state_bits": FOUR_BIT.bits}
+        return {"state_bits": 4}
 
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
         """The ``optimizer`` account as if all of it were moments."""
-        return packed_states(ledger, shape, workload, FOUR_BIT)
+        return packed_states(ledger, shape, workload, 4)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """The paper finds little difference in fine-tuning; pretraining is harder on the moments."""

@@ -22,7 +22,6 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.optim._base import OptimExtra, packed_states
-from pintpot.optim._states import EIGHT_BIT
 
 
 @technique(
@@ -43,11 +42,11 @@ class EightBitStates(OptimExtra):
     @property
     def extras(self) -> Mapping[str, Any]:
         """``state_bits=8``."""
-        return {"state_bits": EIGHT_BIT.bits}
+        return {"state_bits": 8}
 
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
         """The ``optimizer`` account as if all of it were moments."""
-        return packed_states(ledger, shape, workload, EIGHT_BIT)
+        return packed_states(ledger, shape, workload, 8)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """The paper finds no difference in quality; not zero, so that it is not chosen for nothing."""
