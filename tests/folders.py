@@ -78,6 +78,7 @@ def keep_machine(cache_folder: Path) -> None:
         fresh_bytes_per_second=1e9,
         matmul_flops=rates,
         matmul_bytes_per_second=rates,
+        matmul_dot_seconds={"float32": {"1": 1e-9}},
         small_op_seconds=1e-5,
         disk_read_bytes_per_second=1e9,
         disk_write_bytes_per_second=1e9,

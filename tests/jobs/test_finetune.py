@@ -87,11 +87,32 @@ def test_merged_adapters_become_a_whole_model(tmp_path, llama, data):
     torch.testing.assert_close(whole(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("expression", ["galore(rank=8)", "apollo(rank=8)", "apollo-mini", "sublinear-checkpointing"])
-def test_techniques_of_training_learn_too(tmp_path, llama, data, expression):
+TRAINING = [
+    "galore(rank=8)",
+    "fira(rank=8)",
+    "apollo(rank=8)",
+    "apollo-mini",
+    "sublinear-checkpointing",
+    "lisa(active_blocks=1, interval_steps=4)",
+    "adamw-8bit",
+    "gradient-release",
+    "apollo(rank=8)*adamw-4bit*gradient-release*sublinear-checkpointing",
+]
+
+
+@pytest.mark.parametrize("expression", TRAINING)
+def test_techniques_of_training_learn_within_their_prediction(tmp_path, llama, data, expression):
     wish = Wish(techniques=expression)
-    result = finetune(llama, data, tmp_path / "out", settings=SETTINGS, wish=wish, progress=False)
+    result = finetune(llama, data, tmp_path / "out", settings=SETTINGS, wish=wish, measure=True, progress=False)
     assert result.loss_after < 0.9 * result.loss_before
+    assert 0.97 <= result.plan.predicted.peak_bytes() / result.measured.peak_bytes() <= 1.05
+
+
+def test_released_gradients_are_not_accumulated(tmp_path, llama, data):
+    settings = FinetuneSettings(**{**vars(SETTINGS), "accumulate": 2})
+    with pytest.raises(CompositionError, match="accumulated"):
+        finetune(llama, data, tmp_path / "out", settings=settings, wish=Wish(techniques="gradient-release"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpointing_changes_memory_and_nothing_else(tmp_path, llama, data):
