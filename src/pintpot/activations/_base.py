@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -14,7 +15,13 @@ from pintpot.core.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationMethod(Technique):
-    """A technique of the ``activations`` slot: a scope around anyone's training steps."""
+    """A technique of the ``activations`` slot: a scope around anyone's training steps.
+
+    Attributes:
+        exact: whether losses and gradients are those of the plain step bit for bit.
+    """
+
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def scope(

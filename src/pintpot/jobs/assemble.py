@@ -6,8 +6,8 @@ Order:   weights (packed while loading), adapters, cache attention, optimizer, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ class Composition:
     states: OptimExtra | None = None
     release: OptimExtra | None = None
     activations: ActivationMethod | None = None
+    loss: ActivationMethod | None = None
     adapters: AdapterMethod | None = None
 
     @classmethod
@@ -70,24 +71,27 @@ class Composition:
         check(chosen, job)
         places: dict[str, Technique] = {}
         for technique in chosen:
-            name = next((name for name, kind in _PLACES.items() if isinstance(technique, kind)), None)
-            name = technique.facts.part if isinstance(technique, OptimExtra) else name
+            name = _PLACES.get((technique.facts.slot, technique.facts.part))
             if name is None:
                 raise CompositionError(
                     f"{technique.name} has no place in {job}", hint="leave it out of the expression or the plan"
                 )
             places[name] = technique
-        return cls(**places)  # type: ignore[arg-type]  # each was matched with its place's type
+        return cls(**places)  # type: ignore[arg-type]  # each part of a slot has its own type
 
 
-_PLACES: dict[str, type[Technique]] = {
-    "weights": WeightMethod,
-    "keep": Keep,
-    "store": Store,
-    "optimizer": OptimMethod,
-    "activations": ActivationMethod,
-    "adapters": AdapterMethod,
+_PLACES: dict[tuple[str, str], str] = {
+    ("weights", ""): "weights",
+    ("cache", "keep"): "keep",
+    ("cache", "store"): "store",
+    ("optimizer", ""): "optimizer",
+    ("optimizer", "states"): "states",
+    ("optimizer", "release"): "release",
+    ("activations", ""): "activations",
+    ("activations", "loss"): "loss",
+    ("adapters", ""): "adapters",
 }
+"""The field of ``Composition`` for each part of a slot."""
 
 
 def assemble(folder: Path, plan: Plan, rates: Rates | None = None) -> Assembled:
@@ -232,6 +236,13 @@ def _optimizer(model: nn.Module, composition: Composition, rates: Rates) -> Opti
 def _activations(
     model: nn.Module, composition: Composition, workload: Workload
 ) -> Callable[[], AbstractContextManager[Any]]:
-    if composition.activations is None:
-        return nullcontext
-    return partial(composition.activations.scope, model, workload)
+    methods = [method for method in (composition.loss, composition.activations) if method is not None]
+
+    @contextmanager
+    def scope() -> Iterator[None]:
+        with ExitStack() as stack:
+            for method in methods:
+                stack.enter_context(method.scope(model, workload))
+            yield
+
+    return scope if methods else nullcontext
