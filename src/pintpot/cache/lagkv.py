@@ -130,7 +130,7 @@ class LagKV(Keep):
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """Two per cent at half of the tokens, rising with the evicted share.
 
-        Measured on the embedded model (`results/cache.csv`): 2.1 % at a half, 5.0 % at a quarter and 6.8 % at an eighth,
+        Measured on the embedded model (`results/cache.csv`): 2.1 % at a half, 5.0 % at a quarter, 6.8 % at an eighth,
         which is put at 10 % because recall and copying lose far more than perplexity does.
         """
         return 0.02 * (1 / self.kept_fraction - 1) ** 0.85

@@ -32,6 +32,9 @@ from pintpot.optim._select import Select
 from pintpot.optim._states import states_of
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks
 
+UNPACKED_BYTES = 24
+"""Temporaries for one element of a packed moment while it is read, updated and written: six float32 numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimMethod(Technique):
@@ -77,6 +80,9 @@ class ProjectedMethod(OptimMethod):
 
     kind: ClassVar[type[ProjectedOptimizer]]
 
+    state_bits: ClassVar[int] = 32
+    """How the moments are kept when nothing else is asked for (see ``STATE_BITS``)."""
+
     def project(self) -> Project | None:
         """The projection of weight matrices."""
         return None
@@ -110,18 +116,21 @@ class ProjectedMethod(OptimMethod):
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
         """The ``optimizer`` account of every phase of training and the ``workspace`` of the update, in closed form.
 
-        With a selection, ``gradients`` too are those of the largest choice.
+        With a selection, ``gradients`` too are those of the largest choice, unless the rule looks at all of them.
         """
         if not workload.training:
             return ledger
         changed = ledger.set(Account.OPTIMIZER, self.state_bytes(shape), phases=("forward", "backward", "step"))
         changed = changed.set(Account.WORKSPACE, self.workspace_bytes(shape), phases=("step",))
+        select = self.select()
+        if select is None or select.looks:
+            return changed
         share = self._most_at_once(shape, {p.name: p.nbytes for p in shape.parameters}) / shape.weight_bytes
 
         def fewer(moment: Moment) -> Moment:
             return moment.with_bytes(Account.GRADIENTS, int(share * moment.of(Account.GRADIENTS)))
 
-        return changed if share == 1 else changed.edit(fewer, phases=("backward", "step"))
+        return changed.edit(fewer, phases=("backward", "step"))
 
     def state_bytes(self, shape: ModelShape) -> int:
         """Bytes kept between steps: the moments of each small matrix, and what projection, rule and residual keep.
@@ -130,7 +139,8 @@ class ProjectedMethod(OptimMethod):
         stored; every other parameter takes twice its own elements. With a selection, the most of any choice.
         """
         projected, plain = self._split(shape)
-        sizes = {p.name: len(Adam.moments) * p.nbytes for p in plain}
+        states = states_of(self.state_bits)
+        sizes = {p.name: len(Adam.moments) * states.nbytes(p.numel, p.dtype) for p in plain}
         sizes |= {p.name: self._small_state_bytes(p) for p in projected}
         return self._most_at_once(shape, sizes)
 
@@ -138,22 +148,25 @@ class ProjectedMethod(OptimMethod):
         """The most bytes of temporaries during one update."""
         project, residual = self.project(), self.residual()
         projected, plain = self._split(shape)
+        unpacked = UNPACKED_BYTES if self.state_bits != 32 else 0
         most = 0
         if plain:
             size = max(p.dtype.itemsize for p in plain)
-            most = 2 * size * min(CHUNK_NUMEL, sum(p.numel for p in plain))
+            most = (2 * size + unpacked) * min(CHUNK_NUMEL, sum(p.numel for p in plain))
         if project is None or residual is None:
             return most
+        inner = self.inner((0.9, 0.999), 1e-8)
         sides = [_sides(p) for p in projected]
         small = [p.numel // side * project.rank_of(side) for p, (side, _) in zip(projected, sides, strict=True)]
         for batch in chunks(small):
             size = max(projected[i].dtype.itemsize for i in batch)
-            held = 3 * size * sum(small[i] for i in batch)
+            held = (3 * size + unpacked) * sum(small[i] for i in batch)
             most = max(most, held)
             for i in batch:
                 count = projected[i].numel // (sides[i][0] * sides[i][1])
                 native, double = project.workspace_numel(*sides[i])
-                extra = native * size + 4 * count * residual.workspace_numel(*sides[i])
+                own = inner.workspace_numel(project.rank_of(sides[i][0]), sides[i][1])
+                extra = count * (native * size + 4 * max(own, residual.workspace_numel(*sides[i])))
                 most = max(most, held + extra, count * double * 8)
         return most
 
@@ -168,7 +181,7 @@ class ProjectedMethod(OptimMethod):
             rank = project.rank_of(side)
             moved += (4 * p.numel // side * rank - 3 * p.numel) * p.dtype.itemsize
             refresh = self.refresh_flops(side, long) * (p.numel // (side * long)) / self.refresh_steps
-            flops += 4.0 * p.numel * rank + refresh
+            flops += project.flops(side, long) * (p.numel // (side * long)) + refresh
         return work.plus("step", read_bytes=moved, flops=flops, dtype=str(shape.dtype).removeprefix("torch."))
 
     def refresh_flops(self, side: int, long: int) -> float:
@@ -216,9 +229,11 @@ class ProjectedMethod(OptimMethod):
         side, long = _sides(p)
         rank = project.rank_of(side)
         count = p.numel // (side * long)
-        moments = len(inner.moments) * rank * long * p.dtype.itemsize
+        small = torch.Size((*p.shape[:-2], rank, long))
+        states = states_of(self.state_bits)
+        moments = sum(states.nbytes(inner.shape_of(name, small).numel(), p.dtype) for name in inner.moments)
         more = (part.state_bytes(side, long, p.dtype) for part in (project, residual))
-        return count * (moments + inner.state_bytes(rank, long, p.dtype) + sum(more))
+        return moments + count * (inner.state_bytes(rank, long, p.dtype) + sum(more))
 
 
 def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, bits: int) -> Ledger:
@@ -231,7 +246,7 @@ def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, bits: i
         numel = moment.of(Account.OPTIMIZER) // itemsize
         return moment.with_bytes(Account.OPTIMIZER, states.nbytes(numel, shape.dtype))
 
-    unpacked = 4 * 6 * min(CHUNK_NUMEL, ledger.peak_of(Account.OPTIMIZER) // itemsize)
+    unpacked = UNPACKED_BYTES * min(CHUNK_NUMEL, ledger.peak_of(Account.OPTIMIZER) // itemsize)
     return ledger.edit(pack).add(Account.WORKSPACE, unpacked, phases=("step",))
 
 

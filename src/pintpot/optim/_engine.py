@@ -18,7 +18,7 @@ from pintpot.optim._groups import is_matrix, projected_groups
 from pintpot.optim._inner import Adam, Inner
 from pintpot.optim._project import Project, State
 from pintpot.optim._residual import Small
-from pintpot.optim._select import Select, blocks_of
+from pintpot.optim._select import Selection, blocks_of
 from pintpot.optim._states import STATE_BITS, states_of
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented
 
@@ -40,7 +40,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled from the gradient, as in AdamW.
         nonfinite: on a NaN or Inf in any gradient, ``"raise"`` or ``"skip"`` the whole step. Either way
             nothing has been changed. (With released gradients, that parameter's update.)
-        state_bits: how moments are kept: 8 or 4 bits in blocks, or 32 for the parameter's dtype.
+        state_bits: how moments are kept: 8 or 4 bits in blocks, or 32 for the parameter's dtype; as the method says
+            unless given.
         release_gradients: update each parameter as its gradient arrives in the backward pass, and free the gradient;
             ``step`` then only ends the step. Not for accumulated or clipped gradients: none is there to clip.
         **hyperparameters: those of the method (the fields of ``method``), also settable in a group.
@@ -62,14 +63,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         nonfinite: Literal["raise", "skip"] = "raise",
-        state_bits: int = 32,
+        state_bits: int | None = None,
         release_gradients: bool = False,
         **hyperparameters: float,
     ) -> None:
-        if state_bits not in STATE_BITS:
-            raise ShapeError(f"state_bits must be one of {STATE_BITS}, not {state_bits}", hint="use 8")
+        bits = self.method.state_bits if state_bits is None else state_bits
+        if bits not in STATE_BITS:
+            raise ShapeError(f"state_bits must be one of {STATE_BITS}, not {bits}", hint="use 8")
         self.nonfinite = nonfinite
-        self.states = states_of(state_bits)
+        self.states = states_of(bits)
         self.releases_gradients = release_gradients
         self._squares: list[Tensor] = []
         settings = asdict(self.method.build(hyperparameters))
@@ -109,10 +111,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if p.grad is not None
         ]
         if self._finite([p for p, _, _ in present]):
+            if self.selection is not None and self.selection.looking:
+                self.selection.look_(self.state)
+                present = [entry for entry in present if entry[0].grad is not None]
             for number, group in enumerate(self.param_groups):
                 self._update([(p, (n, i)) for p, n, i in present if n == number], group)
         if self.selection is not None:
-            self.selection.advance_(self)
+            self.selection.advance_(self.state)
         return loss
 
     def gradient_norm(self) -> float:
@@ -123,12 +128,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of a torch optimizer, and where the selection stands."""
         held = super().state_dict()
-        return held if self.selection is None else {**held, "selection": self.selection.steps}
+        return held if self.selection is None else {**held, "selection": self.selection.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state exactly: tensors keep the dtype they were saved in."""
         if self.selection is not None:
-            self.selection.restore_(state_dict.get("selection", 0))
+            self.selection.load_state_dict(state_dict.get("selection", {}))
         super().load_state_dict(state_dict)
         saved_groups = state_dict["param_groups"]
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
@@ -162,7 +167,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if p.grad is not None and self._finite([p]):
                 if has_values(p):
                     self._squares.append(p.grad.float().square().sum())
-                self._update([(p, (number, index))], self.param_groups[number])
+                if self.selection is None or not self.selection.note_(p):
+                    self._update([(p, (number, index))], self.param_groups[number])
             p.grad = None
 
         return update
@@ -258,13 +264,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             for name in inner.moments:
-                self.states.start_(state, name, gradient, shape)
+                self.states.start_(state, name, gradient, inner.shape_of(name, shape))
             inner.start_(state, gradient, shape)
             if residual is not None:
                 residual.start_(state, gradient)
         if project.due(state, method.refresh_steps):
             turn = state["step"] // method.refresh_steps
-            moments = {name: self.states.read(state, name, shape) for name in inner.moments} if turn else {}
+            names = inner.moments if turn else ()
+            moments = {name: self.states.read(state, name, inner.shape_of(name, shape)) for name in names}
             project.refresh_(state, gradient, mix_seed(method.base_seed, *number, turn), moments)
             for name, value in moments.items():
                 self.states.write_(state, name, value)
@@ -284,10 +291,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         smalls = [project.down(state, gradient) for state, gradient in zip(states, gradients, strict=True)]
         seen = [inner.enter(state, small) for state, small in zip(states, smalls, strict=True)]
         moments = [
-            [self.states.read(state, name, small.shape) for state, small in zip(states, smalls, strict=True)]
+            [
+                self.states.read(s, name, inner.shape_of(name, small.shape))
+                for s, small in zip(states, smalls, strict=True)
+            ]
             for name in inner.moments
         ]
-        directions = inner.directions(seen, moments, [state["step"] for state in states])
+        directions = inner.directions(seen, moments, [state["step"] - state.get("forgotten", 0) for state in states])
         for name, values in zip(inner.moments, moments, strict=True):
             for state, value in zip(states, values, strict=True):
                 self.states.write_(state, name, value)
@@ -300,53 +310,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _decay_(self, targets: list[Tensor], group: dict[str, Any]) -> None:
         if group["weight_decay"]:
             torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
-
-
-class Selection:
-    """The blocks that are trained now, and when they change.
-
-    Args:
-        rule: chooses them.
-        blocks: the parameters of each block.
-    """
-
-    def __init__(self, rule: Select, blocks: Sequence[Sequence[nn.Parameter]]) -> None:
-        self.rule, self.blocks, self.steps = rule, blocks, 0
-        self.active: list[int] = []
-        self._choose()
-
-    def advance_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step; when it is time, freeze the blocks of this turn, forget their state, and choose others."""
-        self.steps += 1
-        if self.steps % self.rule.every == 0:
-            before = set(self.active)
-            self._choose()
-            for number in before - set(self.active):
-                for p in self.blocks[number]:
-                    optimizer.state.pop(p, None)
-        elif self.rule.looks and (self.steps + 1) % self.rule.every == 0:
-            self._train(range(len(self.blocks)))
-
-    def restore_(self, steps: int) -> None:
-        """Train what was trained after so many steps."""
-        self.steps = steps
-        self._choose()
-
-    def _choose(self) -> None:
-        turn = self.steps // self.rule.every
-        count = min(self.rule.active, len(self.blocks))
-        # On shapes alone the first blocks stand for any: with them the backward pass goes through the whole model.
-        real = all(has_values(p) for block in self.blocks for p in block)
-        self.active = self.rule.choose(self.blocks, turn) if real else list(range(count))
-        self._train(self.active)
-
-    def _train(self, numbers: Iterable[int]) -> None:
-        chosen = set(numbers)
-        for number, block in enumerate(self.blocks):
-            for p in block:
-                p.requires_grad_(number in chosen)
-                if number not in chosen:
-                    p.grad = None
 
 
 def _piece(tensor: Tensor, piece: slice | None) -> Tensor:

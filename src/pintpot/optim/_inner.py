@@ -20,10 +20,14 @@ class Inner(ABC):
     """An update rule for tensors.
 
     Attributes:
-        moments: names of the tensors it keeps, each of the size of what it updates.
+        moments: names of the tensors it keeps, each of the size of what it updates unless ``shape_of`` says otherwise.
     """
 
     moments: tuple[str, ...] = ()
+
+    def shape_of(self, moment: str, shape: torch.Size) -> torch.Size:
+        """The shape of a moment for small gradients of this shape."""
+        return shape
 
     def start_(self, state: State, gradient: Tensor, shape: torch.Size) -> None:  # noqa: B027 - most keep no more
         """Put into a fresh ``state`` what is kept beside the moments, for small gradients of this shape."""
@@ -38,6 +42,10 @@ class Inner(ABC):
 
     def state_bytes(self, rank: int, long: int, dtype: torch.dtype) -> int:
         """Bytes kept beside the moments for one small matrix (rank, long)."""
+        return 0
+
+    def workspace_numel(self, rank: int, long: int) -> int:
+        """Temporary elements, of 4 bytes, for one small matrix beyond three of its size."""
         return 0
 
     @abstractmethod

@@ -47,7 +47,7 @@ class Project(ABC):
             gradient: ``(..., S, L)``.
             seed: differs by parameter and turn.
             moments: those of the inner rule by name, to be carried over in place where the method does so; empty at
-                the first time.
+                the first time. A method that starts them anew also sets ``state["forgotten"]`` to ``state["step"]``.
         """
 
     @abstractmethod
@@ -61,6 +61,10 @@ class Project(ABC):
     @abstractmethod
     def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
         """Temporary elements for one matrix: (in the parameter's dtype, in float64), at the most."""
+
+    def flops(self, side: int, long: int) -> float:
+        """Operations to bring one matrix down and up again."""
+        return 4.0 * side * long * self.rank_of(side)
 
     def down(self, state: State, gradient: Tensor) -> Tensor:
         """The small gradient, ``(..., R, L)``."""
