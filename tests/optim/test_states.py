@@ -33,7 +33,7 @@ def test_a_value_becomes_the_nearest_level_of_its_block(bits, name):
     value = torch.randn(5, 333, generator=torch.Generator().manual_seed(0)) ** (2 if name == "exp_avg_sq" else 1)
     state = {}
     states.start_(state, name, value, value.shape)
-    assert not states.read(state, name, value.shape).any() or (bits, name) == (4, "exp_avg_sq")
+    assert not states.read(state, name, value.shape).any()
     states.write_(state, name, value)
     read = states.read(state, name, value.shape)
     assert sum(t.nbytes for t in state.values()) == states.nbytes(value.numel(), torch.float32)

@@ -86,11 +86,10 @@ class BlockStates(States):
     tables: dict[tuple[str, bool, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def start_(self, state: State, name: str, like: Tensor, shape: torch.Size) -> None:
-        """The codes of zeros."""
+        """Any codes, times scales of zero."""
         numel = shape.numel()
-        state[name] = torch.empty(self._code_bytes(numel), dtype=torch.uint8, device=like.device)
-        state[name + SCALE] = torch.empty(-(-numel // self.block), dtype=torch.float32, device=like.device)
-        self.write_(state, name, torch.zeros(numel, device=like.device))
+        state[name] = torch.zeros(self._code_bytes(numel), dtype=torch.uint8, device=like.device)
+        state[name + SCALE] = torch.zeros(-(-numel // self.block), dtype=torch.float32, device=like.device)
 
     def read(self, state: State, name: str, shape: torch.Size, piece: slice | None = None) -> Tensor:
         """The numbers that the codes stand for, float32."""
