@@ -36,6 +36,7 @@ import json, statistics, sys, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from pintpot.core.expression import parse
+from pintpot.core.heap import return_freed_memory
 from pintpot.core.workload import Finetune
 from pintpot.jobs.assemble import Composition, Rates, dress
 from pintpot.ledger.steps import train_step
@@ -53,6 +54,7 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=768, intermed
     num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=2048)).train()
 workload = Finetune(batch=batch, tokens=tokens, steps=steps)
 if expression:
+    return_freed_memory()
     job = dress(model, Composition.of(parse(expression), "finetune"), workload, Rates(1e-3, 0.0))
     optimizer, scope = job.optimizer, job.scope
 else:

@@ -23,6 +23,7 @@ from pintpot.adapters._base import AdapterMethod
 from pintpot.cache import build_cache, use_cache_attention
 from pintpot.cache._base import Keep, Store
 from pintpot.core.errors import CompositionError, PlanError
+from pintpot.core.heap import return_freed_memory
 from pintpot.core.plan import Plan
 from pintpot.core.shape import ModelShape
 from pintpot.core.slots import check
@@ -107,6 +108,9 @@ def assemble(folder: Path, plan: Plan, rates: Rates | None = None) -> Assembled:
         CompositionError: when the techniques cannot be applied to it.
     """
     composition = Composition.of(plan.techniques, plan.workload.job)
+    if plan.budget.device is not None:
+        # A budget is one of tensors; without this the process may take twice as much.
+        return_freed_memory()
     model = _load(folder, composition, DTYPES[plan.model.dtype])
     return dress(model, composition, plan.workload, rates)
 
