@@ -79,20 +79,17 @@ def finetune_record(result: FinetuneResult) -> dict[str, Any]:
 
 
 def demo_table(parts: Sequence[Part]) -> Table:
-    """The summary of a demonstration: budget, plain run, prediction and measurement side by side."""
+    """The summary of a demonstration, a column for each of its parts: budget, plain run, prediction, measurement."""
     table = Table(title="what was shown", show_lines=True)
-    for column in ("", "budget", "plain, measured", "plan", "predicted", "measured", "result"):
+    for column in ("", *(part.title for part in parts)):
         table.add_column(column, overflow="fold")
-    for part in parts:
-        record = part.to_dict()
-        verdict = "fits" if part.passed else "NOT as promised"
-        table.add_row(
-            part.title,
-            format_bytes(record["budget_bytes"]),
-            f"{format_bytes(record['plain_bytes'])} (too much)",
-            escape(record["techniques"]),
-            format_bytes(record["predicted_bytes"]),
-            format_bytes(record["measured_bytes"]),
-            escape(f"{verdict}: {record['quality']}"),
-        )
+    records = [part.to_dict() for part in parts]
+    table.add_row("budget", *(format_bytes(r["budget_bytes"]) for r in records))
+    table.add_row("plain run, measured", *(f"{format_bytes(r['plain_bytes'])} (too much)" for r in records))
+    table.add_row("chosen plan", *(escape(r["techniques"]) for r in records))
+    table.add_row("predicted", *(format_bytes(r["predicted_bytes"]) for r in records))
+    table.add_row("measured", *(format_bytes(r["measured_bytes"]) for r in records))
+    table.add_row(
+        "result", *(escape(f"{'fits' if r['passed'] else 'NOT as promised'}: {r['quality']}") for r in records)
+    )
     return table
