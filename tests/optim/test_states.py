@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pintpot.core.errors import ShapeError
-from pintpot.optim import AdamW
+from pintpot.optim import AdamW, _states
 from pintpot.optim._states import STATE_BITS, levels_of, states_of
 
 PACKED = {bits: states_of(bits) for bits in (8, 4)}
@@ -98,3 +98,28 @@ def test_the_state_is_restored_and_the_same_size_on_fake_tensors():
 def test_other_widths_are_refused():
     with pytest.raises(ShapeError, match="state_bits"):
         AdamW([nn.Parameter(torch.ones(3))], state_bits=5)
+
+
+@pytest.mark.parametrize("bits", PACKED)
+def test_packed_moments_serve_bfloat16_parameters(bits):
+    p = nn.Parameter(torch.ones(20, 30, dtype=torch.bfloat16))
+    optimizer = AdamW([p], lr=0.25, state_bits=bits)
+    for _ in range(2):
+        p.grad = torch.full_like(p, 2.0)
+        optimizer.step()
+    assert p.dtype == torch.bfloat16
+    torch.testing.assert_close(p.detach().float(), torch.full((20, 30), 0.5), rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", PACKED)
+def test_a_moment_larger_than_a_piece_is_packed_in_pieces_as_if_whole(bits, monkeypatch):
+    states = PACKED[bits]
+    moment = torch.randn(7, 333, generator=torch.Generator().manual_seed(0))
+    kept: list[dict] = []
+    for limit in (1 << 20, 512):
+        monkeypatch.setattr(_states, "CHUNK_NUMEL", limit)
+        state: dict = {}
+        states.start_(state, "m", moment, moment.shape)
+        states.write_(state, "m", moment)
+        kept.append({**state, "read": states.read(state, "m", moment.shape)})
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])

@@ -45,6 +45,7 @@ SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     ),
     accounts=(Account.ACTIVATIONS,),
     jobs=TRAINING,
+    needs=("gradients",),
     fidelity="the LM head only; gradients made in the forward pass",
 )
 @dataclass(frozen=True, kw_only=True)

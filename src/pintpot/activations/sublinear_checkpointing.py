@@ -50,6 +50,7 @@ _CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Segments]] =
     source=Source("Training Deep Nets with Sublinear Memory Cost", arxiv="1604.06174", year=2016),
     accounts=(Account.ACTIVATIONS,),
     jobs=TRAINING,
+    needs=("gradients",),
     claims=(
         Claim("additional running time (fraction)", 0.30, versus="plain training", at="1,000-layer residual network"),
         Claim("feature map memory (GB)", 7.0, versus="48", at="1,000-layer residual network", where="abstract"),

@@ -20,7 +20,10 @@ def command(
     accumulate: Annotated[int, typer.Option("--accumulate", help="Passes in one update.")] = 1,
     steps: Annotated[int | None, typer.Option("--steps", help="Updates; by --epochs if absent.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="How often each text is seen.")] = 1.0,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest, after warm-up.")] = 2e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="The highest, after warm-up; by default the optimizer's usual."),
+    ] = None,
     weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.0,
     validation: Annotated[float, typer.Option("--validation", help="Share of the documents held out.")] = 0.05,
     validate_every: Annotated[int, typer.Option("--validate-every", help="Updates between validations.")] = 0,

@@ -36,7 +36,7 @@ def check(techniques: Iterable[Technique], job: str) -> None:
     """
     chosen = tuple(techniques)
     reasons = [
-        f"{t.name} does not serve {job} (it serves {', '.join(t.facts.jobs)})"
+        f"{t.name} does not serve {job} (it serves {', '.join(t.facts.jobs) or 'no job, only Python'})"
         for t in chosen
         if job not in t.facts.jobs
     ]

@@ -41,6 +41,7 @@ from pintpot.jobs.model_source import model_folder
 from pintpot.jobs.training import TrainResult, TrainSettings, train, warmup_stable_decay
 from pintpot.ledger.measure import measure as measure_memory
 from pintpot.ledger.predict import Assembled
+from pintpot.optim._base import OptimMethod
 from pintpot.planner.plan_file import write_plan
 
 CHECKPOINTS = "checkpoints"
@@ -63,7 +64,7 @@ class FinetuneSettings:
         accumulate: passes in one update.
         steps: updates; when ``None``, so many that each text is seen ``epochs`` times.
         epochs: used when ``steps`` is not given.
-        learning_rate: the highest, after warm-up.
+        learning_rate: the highest, after warm-up; what is usual for the plan's optimizer when ``None``.
         weight_decay: of the optimizer.
         validation_fraction: share of the documents held out (of the tokens, when there is one document).
         validate_every: updates between validations; 0 for one before and one after.
@@ -76,7 +77,7 @@ class FinetuneSettings:
     accumulate: int = 1
     steps: int | None = None
     epochs: float = 1.0
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     weight_decay: float = 0.0
     validation_fraction: float = 0.05
     validate_every: int = 0
@@ -172,7 +173,7 @@ def finetune(
         _seed_everything(plan.seed)
         run = stack.enter_context(measure_memory(budget=plan.budget)) if measure else None
         with run.phase("load") if run is not None else nullcontext():
-            live = assemble(folder, plan, Rates(settings.learning_rate, settings.weight_decay))
+            live = assemble(folder, plan, _rates(plan, settings))
         if run is not None:
             run.register(live.model, live.optimizer)
         before = held_out_loss(live.model, text.held_out, settings)
@@ -261,6 +262,13 @@ def _train(
         validate=lambda model: {"held_out_loss": held_out_loss(model, text.held_out, settings) or math.nan},
         around_step=live.scope,
     )
+
+
+def _rates(plan: Plan, settings: FinetuneSettings) -> Rates:
+    if settings.learning_rate is not None:
+        return Rates(settings.learning_rate, settings.weight_decay)
+    rules = (type(technique) for technique in plan.in_slot("optimizer") if isinstance(technique, OptimMethod))
+    return Rates(next(rules, OptimMethod).usual_learning_rate, settings.weight_decay)
 
 
 def _optimizer(live: Assembled) -> Optimizer:

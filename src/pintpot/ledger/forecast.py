@@ -137,12 +137,13 @@ def _count_step(job: Assembled, workload: Train) -> Mapping[str, PhaseWork]:
     optimizer = job.optimizer
     if optimizer is None:
         return {}
-    # The state is made by the first update and is not part of the others.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if not getattr(optimizer, "gradient_free", False):
+        # The state is made by the first update and is not part of the others.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     tokens = _tokens(workload.batch, workload.tokens)
     config: Any = job.model.config
     inputs = {} if config.is_encoder_decoder else PassThroughCache.inputs(job.model)

@@ -7,13 +7,45 @@ from pintpot.optim._adamw import AdamW
 from pintpot.optim._base import OptimExtra, OptimMethod
 from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import projected_groups
+from pintpot.optim._zeroth import GradientFreeMethod, ZerothOrderOptimizer
 from pintpot.optim.apollo import Apollo, ApolloRule
 from pintpot.optim.apollo_mini import ApolloMini, ApolloMiniRule
+from pintpot.optim.baffle import Baffle, BaffleRule
+from pintpot.optim.block_coordinate_descent import BlockCoordinateDescent, BlockCoordinateDescentRule
+from pintpot.optim.cosmos import Cosmos, CosmosRule
+from pintpot.optim.dct_low_rank import DctLowRank, DctLowRankRule
 from pintpot.optim.fira import Fira, FiraRule
+from pintpot.optim.frugal import Frugal, FrugalRule
 from pintpot.optim.galore import GaLore, GaLoreRule
+from pintpot.optim.just_one_byte import JustOneByte, JustOneByteRule
 from pintpot.optim.lisa import Lisa, LisaRule
+from pintpot.optim.mezo import Mezo, MezoRule
+from pintpot.optim.natural_galore import NaturalGaLore, NaturalGaLoreRule
+from pintpot.optim.owlore import OwLore, OwLoreRule
+from pintpot.optim.q_galore import QGaLore, QGaLoreRule
+from pintpot.optim.tpsgd import TpSgd, TpSgdRule
 
-TECHNIQUES = ("galore", "apollo", "apollo_mini", "fira", "lisa", "adamw_8bit", "adamw_4bit", "gradient_release")
+TECHNIQUES = (
+    "galore",
+    "apollo",
+    "apollo_mini",
+    "fira",
+    "q_galore",
+    "frugal",
+    "dct_low_rank",
+    "natural_galore",
+    "cosmos",
+    "lisa",
+    "owlore",
+    "block_coordinate_descent",
+    "mezo",
+    "just_one_byte",
+    "baffle",
+    "tpsgd",
+    "adamw_8bit",
+    "adamw_4bit",
+    "gradient_release",
+)
 
 __all__ = [
     "TECHNIQUES",
@@ -22,14 +54,38 @@ __all__ = [
     "ApolloMini",
     "ApolloMiniRule",
     "ApolloRule",
+    "Baffle",
+    "BaffleRule",
+    "BlockCoordinateDescent",
+    "BlockCoordinateDescentRule",
+    "Cosmos",
+    "CosmosRule",
+    "DctLowRank",
+    "DctLowRankRule",
     "Fira",
     "FiraRule",
+    "Frugal",
+    "FrugalRule",
     "GaLore",
     "GaLoreRule",
+    "GradientFreeMethod",
+    "JustOneByte",
+    "JustOneByteRule",
     "Lisa",
     "LisaRule",
+    "Mezo",
+    "MezoRule",
+    "NaturalGaLore",
+    "NaturalGaLoreRule",
     "OptimExtra",
     "OptimMethod",
+    "OwLore",
+    "OwLoreRule",
     "ProjectedOptimizer",
+    "QGaLore",
+    "QGaLoreRule",
+    "TpSgd",
+    "TpSgdRule",
+    "ZerothOrderOptimizer",
     "projected_groups",
 ]

@@ -38,7 +38,13 @@ UNPACKED_BYTES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class OptimMethod(Technique):
-    """A technique of the ``optimizer`` slot. Its fields are hyperparameters of parameter groups."""
+    """A technique of the ``optimizer`` slot. Its fields are hyperparameters of parameter groups.
+
+    Attributes:
+        usual_learning_rate: for fine-tuning a language model, where none is given.
+    """
+
+    usual_learning_rate: ClassVar[float] = 2e-4
 
     @abstractmethod
     def optimizer(
@@ -157,10 +163,11 @@ class ProjectedMethod(OptimMethod):
             return most
         inner = self.inner((0.9, 0.999), 1e-8)
         sides = [_sides(p) for p in projected]
-        small = [p.numel // side * project.rank_of(side) for p, (side, _) in zip(projected, sides, strict=True)]
-        for batch in chunks(small):
+        small = [torch.Size((*p.shape[:-2], project.rank_of(s), n)) for p, (s, n) in zip(projected, sides, strict=True)]
+        largest = [inner.largest(shape, side) for shape, (side, _) in zip(small, sides, strict=True)]
+        for batch in chunks(largest):
             size = max(projected[i].dtype.itemsize for i in batch)
-            held = (3 * size + unpacked) * sum(small[i] for i in batch)
+            held = sum(3 * size * small[i].numel() + unpacked * largest[i] for i in batch)
             most = max(most, held)
             for i in batch:
                 count = projected[i].numel // (sides[i][0] * sides[i][1])
@@ -231,7 +238,7 @@ class ProjectedMethod(OptimMethod):
         count = p.numel // (side * long)
         small = torch.Size((*p.shape[:-2], rank, long))
         states = states_of(self.state_bits)
-        moments = sum(states.nbytes(inner.shape_of(name, small).numel(), p.dtype) for name in inner.moments)
+        moments = sum(states.nbytes(inner.shape_of(name, small, side).numel(), p.dtype) for name in inner.moments)
         more = (part.state_bytes(side, long, p.dtype) for part in (project, residual))
         return moments + count * (inner.state_bytes(rank, long, p.dtype) + sum(more))
 

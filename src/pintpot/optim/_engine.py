@@ -112,7 +112,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         ]
         if self._finite([p for p, _, _ in present]):
             if self.selection is not None and self.selection.looking:
-                self.selection.look_(self.state)
+                self.selection.choose_(self.state)
                 present = [entry for entry in present if entry[0].grad is not None]
             for number, group in enumerate(self.param_groups):
                 self._update([(p, (n, i)) for p, n, i in present if n == number], group)
@@ -225,7 +225,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             [self.states.read(s, name, p.shape, piece) for s, (p, piece) in zip(states, batch, strict=True)]
             for name in inner.moments
         ]
-        directions = inner.directions(gradients, moments, [s["step"] for s in states])
+        directions = inner.directions(_matching(gradients, moments), moments, [s["step"] for s in states])
         for name, values in zip(inner.moments, moments, strict=True):
             for s, (_, piece), value in zip(states, batch, values, strict=True):
                 self.states.write_(s, name, value, piece)
@@ -241,7 +241,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     ) -> None:
         inner = method.inner(group["betas"], group["eps"])
         gradients = [oriented(p.grad) for p, _ in parameters if p.grad is not None]
-        sizes = [g.numel() // g.shape[-2] * project.rank_of(g.shape[-2]) for g in gradients]
+        sizes = [inner.largest(_small_shape(g, project), g.shape[-2]) for g in gradients]
         for batch in chunks(sizes):
             for i in batch:
                 p, number = parameters[i]
@@ -259,19 +259,19 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         inner: Inner,
     ) -> None:
         """Make a fresh state, and choose the subspace when it is time."""
-        shape = torch.Size((*gradient.shape[:-2], project.rank_of(gradient.shape[-2]), gradient.shape[-1]))
+        side, shape = gradient.shape[-2], _small_shape(gradient, project)
         residual = method.residual()
         if not state:
             state["step"] = 0
             for name in inner.moments:
-                self.states.start_(state, name, gradient, inner.shape_of(name, shape))
+                self.states.start_(state, name, gradient, inner.shape_of(name, shape, side))
             inner.start_(state, gradient, shape)
             if residual is not None:
                 residual.start_(state, gradient)
         if project.due(state, method.refresh_steps):
             turn = state["step"] // method.refresh_steps
-            names = inner.moments if turn else ()
-            moments = {name: self.states.read(state, name, inner.shape_of(name, shape)) for name in names}
+            names = inner.moments if turn and project.carries else ()
+            moments = {name: self.states.read(state, name, inner.shape_of(name, shape, side)) for name in names}
             project.refresh_(state, gradient, mix_seed(method.base_seed, *number, turn), moments)
             for name, value in moments.items():
                 self.states.write_(state, name, value)
@@ -292,24 +292,37 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         seen = [inner.enter(state, small) for state, small in zip(states, smalls, strict=True)]
         moments = [
             [
-                self.states.read(s, name, inner.shape_of(name, small.shape))
-                for s, small in zip(states, smalls, strict=True)
+                self.states.read(s, name, inner.shape_of(name, small.shape, gradient.shape[-2]))
+                for s, small, gradient in zip(states, smalls, gradients, strict=True)
             ]
             for name in inner.moments
         ]
-        directions = inner.directions(seen, moments, [state["step"] - state.get("forgotten", 0) for state in states])
-        for name, values in zip(inner.moments, moments, strict=True):
-            for state, value in zip(states, values, strict=True):
-                self.states.write_(state, name, value)
+        steps = [state["step"] - state.get("forgotten", 0) for state in states]
+        directions = inner.directions(_matching(seen, moments), moments, steps)
         self._decay_([p.detach() for p in parameters], group)
-        for p, gradient, state, small, direction in zip(parameters, gradients, states, smalls, directions, strict=True):
-            made = Small(small, inner.leave(state, direction))
+        kept = [dict(zip(inner.moments, [values[i] for values in moments], strict=True)) for i in range(len(states))]
+        for p, gradient, state, small, direction, own in zip(
+            parameters, gradients, states, smalls, directions, kept, strict=True
+        ):
+            made = Small(small, inner.leave(state, direction.to(small.dtype)), own)
             if residual is not None:
                 residual.apply_(oriented(p.detach()), gradient, made, state, project, group["lr"])
+            for name, value in own.items():
+                self.states.write_(state, name, value)
 
     def _decay_(self, targets: list[Tensor], group: dict[str, Any]) -> None:
         if group["weight_decay"]:
             torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+
+
+def _small_shape(gradient: Tensor, project: Project) -> torch.Size:
+    return torch.Size((*gradient.shape[:-2], project.rank_of(gradient.shape[-2]), gradient.shape[-1]))
+
+
+def _matching(gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The gradients in the dtype of their moments: packed ones are read in float32 whatever the parameter's."""
+    likes = moments[0] if moments else gradients
+    return [gradient.to(like.dtype) for gradient, like in zip(gradients, likes, strict=True)]
 
 
 def _piece(tensor: Tensor, piece: slice | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pintpot.optim._project import State
+from pintpot.optim._tensors import CHUNK_NUMEL
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,13 @@ class Inner(ABC):
 
     moments: tuple[str, ...] = ()
 
-    def shape_of(self, moment: str, shape: torch.Size) -> torch.Size:
-        """The shape of a moment for small gradients of this shape."""
-        return shape
+    def shape_of(self, moment: str, small: torch.Size, side: int) -> torch.Size:
+        """The shape of a moment for a small gradient of a matrix whose smaller side is ``side``."""
+        return small
+
+    def largest(self, small: torch.Size, side: int) -> int:
+        """Elements of the largest moment, or of the small gradient."""
+        return max([small.numel(), *(self.shape_of(name, small, side).numel() for name in self.moments)])
 
     def start_(self, state: State, gradient: Tensor, shape: torch.Size) -> None:  # noqa: B027 - most keep no more
         """Put into a fresh ``state`` what is kept beside the moments, for small gradients of this shape."""
@@ -83,3 +88,96 @@ class Adam(Inner):
         torch._foreach_add_(roots, self.eps)
         torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
         return list(torch._foreach_div(first, roots))
+
+
+@dataclass(frozen=True)
+class FisherAdam(Adam):
+    """Adam on natural gradients: each is first divided by its empirical Fisher matrix (Natural GaLore).
+
+    The matrix is ``lambda I + G G^T``, where the columns of G are the last small gradients, g itself among them. By
+    Woodbury's identity the inverse times g is then ``G w``, where w solves ``(lambda I + G^T G) w = e`` and e marks the
+    column of g: a system as small as the history is short, and a sum of what it holds.
+
+    Attributes:
+        history: gradients in G (s).
+        damping: lambda.
+    """
+
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "past")
+    history: int = 20
+    damping: float = 1e-3
+
+    def shape_of(self, moment: str, small: torch.Size, side: int) -> torch.Size:
+        """The past gradients are a stack of small ones."""
+        return torch.Size((self.history, *small)) if moment == "past" else small
+
+    def workspace_numel(self, rank: int, long: int) -> int:
+        """The natural gradient, also while it is summed, two widened strips of the history, and all of it unpacked."""
+        past = self.history * rank * long
+        return 2 * rank * long + 2 * min(CHUNK_NUMEL, past) + past
+
+    def directions(
+        self, gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], steps: Sequence[int]
+    ) -> list[Tensor]:
+        """Those of Adam for the natural gradients; the oldest gradient of each history makes room for this one."""
+        first, second, past = (list(tensors) for tensors in moments)
+        natural = [self._natural(g, held, step) for g, held, step in zip(gradients, past, steps, strict=True)]
+        return super().directions(natural, (first, second), steps)
+
+    def _natural(self, gradient: Tensor, past: Tensor, step: int) -> Tensor:
+        place = (step - 1) % self.history
+        past[place] = gradient
+        # Places not yet filled are zeros, which add nothing to the sums.
+        columns = past.movedim(0, -3).flatten(-2)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        width = max(1, CHUNK_NUMEL * columns.shape[-1] // columns.numel())
+        gram = columns.new_zeros((*columns.shape[:-1], self.history), dtype=wide)
+        for strip in columns.split(width, dim=-1):
+            gram += strip.to(wide) @ strip.to(wide).mT
+        weights = self._weights(gram, place)
+        natural = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        parts = natural.flatten(-2).unsqueeze(-2).split(width, dim=-1)
+        for part, strip in zip(parts, columns.split(width, dim=-1), strict=True):
+            part.copy_(weights @ strip.to(wide))
+        return natural
+
+    def _weights(self, gram: Tensor, place: int) -> Tensor:
+        """What each past gradient counts for, (..., 1, s)."""
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        # Rounding may make the sum less than positive, by no more than this.
+        rounding = torch.finfo(gram.dtype).eps * diagonal.sum(-1, keepdim=True)
+        diagonal.add_(self.damping + rounding)
+        unit = gram.new_zeros((*gram.shape[:-1], 1))
+        unit[..., place, :] = 1
+        return torch.cholesky_solve(unit, torch.linalg.cholesky_ex(gram)[0]).mT
+
+
+@dataclass(frozen=True)
+class MomentumAdam(Inner):
+    """Adam's rule where the momentum is kept whole and moved on by the residual (COSMOS; see ``MuonRest``).
+
+    Its ``directions`` are what the entries of the small momentum are to be multiplied by.
+    """
+
+    moments: tuple[str, ...] = ("exp_avg_sq", "momentum")
+    betas: tuple[float, float] = (0.9, 0.96)
+    eps: float = 1e-8
+
+    def shape_of(self, moment: str, small: torch.Size, side: int) -> torch.Size:
+        """The momentum has the matrix's own shape."""
+        return torch.Size((*small[:-2], side, small[-1])) if moment == "momentum" else small
+
+    def directions(
+        self, gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], steps: Sequence[int]
+    ) -> list[Tensor]:
+        """One over the roots of corrected second moments, and the correction of the momentum."""
+        second = list(moments[0])
+        beta1, beta2 = self.betas
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, list(gradients), list(gradients), 1 - beta2)
+        roots = torch._foreach_sqrt(second)
+        torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
+        torch._foreach_reciprocal_(roots)
+        return list(roots)

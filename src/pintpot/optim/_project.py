@@ -6,18 +6,21 @@ with ``S <= L``; leading dimensions (packed experts) are a batch. The small matr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from pintpot.kernels import pack, packed_size, unpack
 from pintpot.optim._tensors import CHUNK_NUMEL, has_values
 
 State = dict[str, Any]
-"""What the optimizer keeps for one parameter: tensors and integers."""
+"""What the optimizer keeps for one parameter: tensors, numbers and lists of numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Project(ABC):
     """
 
     rank: int
+
+    carries: ClassVar[bool] = False
+    """Whether a refresh changes the moments; else they are not read for it."""
 
     def rank_of(self, side: int) -> int:
         """The rank used for a matrix whose smaller side is ``side``."""
@@ -46,7 +52,7 @@ class Project(ABC):
             state: what is kept for the parameter; holds the last subspace, if there was one.
             gradient: ``(..., S, L)``.
             seed: differs by parameter and turn.
-            moments: those of the inner rule by name, to be carried over in place where the method does so; empty at
+            moments: those of the inner rule by name, to be carried over in place where ``carries``; empty at
                 the first time. A method that starts them anew also sets ``state["forgotten"]`` to ``state["step"]``.
         """
 
@@ -91,13 +97,7 @@ class LeadingSubspace(Project):
 
     def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
         """Store the basis ``(..., S, R)``, in the gradient's dtype."""
-        side, long = gradient.shape[-2:]
-        gram = gradient.new_zeros((*gradient.shape[:-2], side, side), dtype=torch.float64)
-        width = self._gram_width(side, long)
-        for start in range(0, long, width):
-            part = gradient[..., start : start + width].double()
-            gram += part @ part.mT
-        vectors = torch.linalg.eigh(gram)[1].flip(-1)[..., : self.rank_of(side)]
+        vectors = torch.linalg.eigh(self._gram(gradient))[1].flip(-1)[..., : self.rank_of(gradient.shape[-2])]
         largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
         state["basis"] = (vectors * largest.sign()).to(gradient.dtype).contiguous()
 
@@ -115,8 +115,61 @@ class LeadingSubspace(Project):
         summing = 2 * side * side + side * self._gram_width(side, long)
         return 0, max(summing, 3 * side * side + 4 * side * self.rank_of(side))
 
+    def _gram(self, gradient: Tensor) -> Tensor:
+        side, long = gradient.shape[-2:]
+        gram = gradient.new_zeros((*gradient.shape[:-2], side, side), dtype=torch.float64)
+        width = self._gram_width(gradient.numel() // long, long)
+        for start in range(0, long, width):
+            part = gradient[..., start : start + width].double()
+            gram += part @ part.mT
+        return gram
+
     def _gram_width(self, side: int, long: int) -> int:
         return min(long, max(1, CHUNK_NUMEL // side))
+
+
+@dataclass(frozen=True)
+class PowerSubspace(LeadingSubspace):
+    """Onto the leading eigenvectors of the average of ``G G^T``, followed by a power step each time (COSMOS).
+
+    The average is kept in the subspace alone: ``U A U^T`` with A of R x R.
+
+    Attributes:
+        decay: of the average.
+    """
+
+    decay: float = 0.96
+
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """Move the basis ``(..., S, R)`` and the average ``(..., R, R)`` on by a step; the first are of ``G G^T``."""
+        if "average" not in state:
+            super().refresh_(state, gradient, seed, moments)
+            rank = state["basis"].shape[-1]
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            state["average"] = gradient.new_zeros((*gradient.shape[:-2], rank, rank), dtype=wide)
+        else:
+            self._turn_(state, gradient)
+        small = self.down(state, gradient).to(state["average"].dtype)
+        state["average"].add_(small @ small.mT, alpha=1 - self.decay)
+
+    def _turn_(self, state: State, gradient: Tensor) -> None:
+        average: Tensor = state["average"]
+        last = state["basis"].to(average.dtype)
+        new = (gradient @ (gradient.mT @ state["basis"])).to(average.dtype)
+        basis = torch.linalg.qr(self.decay * (last @ average) + (1 - self.decay) * new)[0]
+        turn = last.mT @ basis
+        average.copy_(self.decay * (turn.mT @ average @ turn))
+        state["basis"].copy_(basis)
+
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """The basis, and the average in float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return super().state_bytes(side, long, dtype) + self.rank_of(side) ** 2 * wide.itemsize
+
+    def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
+        """At a power step the products, twice as wide as bfloat16; at the first what eigenvectors take."""
+        rank = self.rank_of(side)
+        return long * rank + 15 * side * rank + 8 * rank * rank, super().workspace_numel(side, long)[1]
 
 
 @dataclass(frozen=True)
@@ -144,3 +197,199 @@ class RandomSubspace(Project):
     def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
         """The regenerated basis, drawn in float32 and cast."""
         return 2 * side * self.rank_of(side), 0
+
+
+@dataclass(frozen=True)
+class PackedSubspace(LeadingSubspace):
+    """The leading subspace in 4 bits, refreshed less often where it keeps still (Q-GaLore, arXiv:2407.08296).
+
+    The basis is seen flat, row by row, in groups that share a scale and a zero: ``scale * (code - zero)``.
+
+    Attributes:
+        group: elements of the basis that share a scale.
+        threshold: mean cosine between successive leading vectors from which the subspace counts as still.
+        queue: refreshes over which the mean is taken.
+        growth: the gap between refreshes is multiplied by this at every refresh that finds the subspace still.
+    """
+
+    group: int = 256
+    threshold: float = 0.4
+    queue: int = 5
+    growth: int = 2
+
+    def due(self, state: State, gap: int) -> bool:
+        """Whether the parameter's own gap, which has grown since, divides the steps so far."""
+        return super().due(state, gap * self.growth ** state.get("growths", 0))
+
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """Store the codes of the new basis, and how near its first vector is to that of the last one."""
+        before = self.basis(state, gradient)[..., 0].clone() if "basis" in state else None
+        super().refresh_(state, gradient, seed, moments)
+        basis = state["basis"]
+        if before is None:
+            state["cosines"] = []
+        else:
+            cosine = functional.cosine_similarity(before.float(), basis[..., 0].float(), dim=-1).mean()
+            state["cosines"] = [*state["cosines"], float(cosine) if has_values(cosine) else 0.0][-self.queue :]
+            still = sum(state["cosines"]) >= self.threshold * self.queue
+            state["growths"] = state.get("growths", 0) + (len(state["cosines"]) == self.queue and still)
+        self._pack_(state, basis)
+
+    def basis(self, state: State, gradient: Tensor) -> Tensor:
+        """The numbers that the stored codes stand for."""
+        side = gradient.shape[-2]
+        count = side * self.rank_of(side)
+        numbers = unpack(state["basis"], 4, count).to(gradient.dtype)
+        groups = functional.pad(numbers, (0, -count % self.group)).unflatten(-1, (-1, self.group))
+        groups = groups.sub_(state["basis_zero"][..., None]).mul_(state["basis_scale"][..., None])
+        return groups.flatten(-2)[..., :count].unflatten(-1, (side, -1))
+
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Codes of 4 bits, and a scale and a byte for each group."""
+        count = side * self.rank_of(side)
+        return packed_size(count, 4) + -(-count // self.group) * (dtype.itemsize + 1)
+
+    def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
+        """The unpacked basis, with its codes and a padded copy; at a refresh as for any leading subspace."""
+        return 3 * (side * self.rank_of(side) + self.group), super().workspace_numel(side, long)[1]
+
+    def _pack_(self, state: State, basis: Tensor) -> None:
+        flat = basis.flatten(-2).to(torch.promote_types(basis.dtype, torch.float32))
+        groups = functional.pad(flat, (0, -flat.shape[-1] % self.group)).unflatten(-1, (-1, self.group))
+        low, high = groups.aminmax(dim=-1)
+        # The codes are made for the scale as it is stored: rounded to the parameter's dtype.
+        scale = ((high - low) / 15).clamp_min(1e-5).to(basis.dtype)
+        zero = (-low / scale).round_().clamp_(0, 15)
+        codes = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 15).to(torch.uint8)
+        state["basis"] = pack(codes.flatten(-2)[..., : flat.shape[-1]], 4)
+        state["basis_scale"], state["basis_zero"] = scale, zero.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class RandomRows(Project):
+    """Onto random rows of the gradient, found again from a seed whenever needed (FRUGAL, arXiv:2411.07837).
+
+    Attributes:
+        density: the fraction of the smaller side that is kept; it stands in the place of the rank.
+    """
+
+    carries: ClassVar[bool] = True
+    rank: int = field(default=0, init=False, repr=False)
+    density: float = 0.25
+
+    def rank_of(self, side: int) -> int:
+        """The density of the side, rounded down, at least one."""
+        return max(1, int(self.density * side))
+
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """Store the new seed, and start the moments anew: they were those of other rows."""
+        state["seed"], state["forgotten"] = seed, state["step"]
+        for moment in moments.values():
+            moment.zero_()
+
+    def rows(self, state: State, gradient: Tensor) -> Tensor:
+        """The numbers of the rows that the stored seed stands for, ascending, ``(R,)``."""
+        side = gradient.shape[-2]
+        generator = None
+        if has_values(gradient):
+            generator = torch.Generator(device=gradient.device).manual_seed(state["seed"])
+        order = torch.randperm(side, generator=generator, device=gradient.device)
+        return order[: self.rank_of(side)].sort().values
+
+    def basis(self, state: State, gradient: Tensor) -> Tensor:
+        """The chosen columns of the identity, ``(S, R)``."""
+        rows = self.rows(state, gradient)
+        return gradient.new_zeros((gradient.shape[-2], len(rows))).scatter_(0, rows[None], 1.0)
+
+    def down(self, state: State, gradient: Tensor) -> Tensor:
+        """The chosen rows."""
+        return gradient.index_select(-2, self.rows(state, gradient))
+
+    def up_(self, target: Tensor, state: State, small: Tensor, factor: float) -> None:
+        """Add to the chosen rows."""
+        target.index_add_(-2, self.rows(state, target), small, alpha=factor)
+
+    def flops(self, side: int, long: int) -> float:
+        """None: rows are copied."""
+        return 0.0
+
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Nothing: the seed is a Python integer."""
+        return 0
+
+    def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
+        """The order of all rows, in 8 bytes each, and the chosen ones with their places."""
+        return 16 * side, 0
+
+
+@dataclass(frozen=True)
+class CosineSubspace(Project):
+    """Onto the cosines that the gradient is most aligned with (Modoranu et al. 2025, arXiv:2505.17967).
+
+    The vectors ``sqrt(2 / S) cos(pi (2 i + 1) k / 2 S)`` (the first divided by the root of 2) are the orthonormal
+    basis of the discrete cosine transform, the same for every matrix of a side, so numbers k are all that is kept.
+    Two of them are the same or orthogonal. Hence to rotate moments into the next subspace is to move those of each
+    vector that stays to its new row; those of a new vector start at zero.
+    """
+
+    carries: ClassVar[bool] = True
+
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """Store the numbers ``(..., R)`` of the vectors along which the transform has the largest L1 norm."""
+        side = gradient.shape[-2]
+        order = self._norms(gradient).sort(dim=-1, descending=True, stable=True).indices
+        chosen = order[..., : self.rank_of(side)].sort(dim=-1).values
+        if moments:
+            rank = chosen.shape[-1]
+            row = torch.arange(rank, device=chosen.device).expand_as(chosen)
+            rows = chosen.new_full((*chosen.shape[:-1], side), rank).scatter_(-1, state["cosines"].long(), row)
+            source = rows.gather(-1, chosen)[..., None]
+            for moment in moments.values():
+                moved = moment.gather(-2, source.clamp_max(rank - 1).expand_as(moment))
+                moment.copy_(moved.mul_(source < rank))
+        if "cosines" in state:
+            state["cosines"].copy_(chosen)
+        else:
+            state["cosines"] = chosen.int()
+
+    def basis(self, state: State, gradient: Tensor) -> Tensor:
+        """The vectors that the stored numbers stand for, ``(..., S, R)``."""
+        side = gradient.shape[-2]
+        number = state["cosines"].to(torch.int32 if side < 1 << 15 else torch.int64)
+        place = torch.arange(1, 2 * side, 2, dtype=number.dtype, device=number.device)
+        # Whole turns are taken off while the angle is an integer: a cosine of a large float32 is a poor one.
+        turns = (place[:, None] * number[..., None, :]).remainder_(4 * side)
+        angles = turns.to(torch.promote_types(gradient.dtype, torch.float32)).mul_(math.pi / (2 * side))
+        size = 1 - (number == 0).to(angles.dtype) * (1 - math.sqrt(0.5))
+        return angles.cos_().mul_(math.sqrt(2 / side) * size[..., None, :]).to(gradient.dtype)
+
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Four bytes for each vector."""
+        return 4 * self.rank_of(side)
+
+    def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
+        """The angles, whole and as numbers, and the basis; at a refresh a strip's transform, then a moved moment."""
+        rank = self.rank_of(side)
+        width = min(long, max(1, CHUNK_NUMEL // side))
+        return 5 * side * rank, max(2 * side * width, 2 * rank * long)
+
+    def _norms(self, gradient: Tensor) -> Tensor:
+        """The L1 norms of the rows of the transform, ``(..., S)``, by a complex one of the same length (Makhoul 1980).
+
+        The rows are taken even ones first, odd ones back; wave k, turned by ``pi k / 2 S``, then holds rows k and S - k
+        of the cosine transform as its real and imaginary part.
+        """
+        side, long = gradient.shape[-2:]
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        even, odd = (torch.arange(start, side, 2, device=gradient.device) for start in (0, 1))
+        order = torch.cat((even, odd.flip(0)))
+        angle = torch.arange(side // 2 + 1, dtype=dtype, device=gradient.device) * (-math.pi / (2 * side))
+        turn = torch.complex(angle.cos(), angle.sin())[:, None]
+        sums = angle.new_zeros((*gradient.shape[:-2], len(angle), 2))
+        width = max(1, CHUNK_NUMEL * long // gradient.numel())
+        for start in range(0, long, width):
+            strip = gradient[..., start : start + width].index_select(-2, order).to(dtype)
+            waves = torch.fft.rfft(strip, dim=-2).mul_(turn)
+            sums += torch.view_as_real(waves).abs_().sum(-2)
+        sums[..., 0, 0] *= math.sqrt(0.5)
+        return torch.cat((sums[..., 0], sums[..., 1 : (side + 1) // 2, 1].flip(-1)), dim=-1)

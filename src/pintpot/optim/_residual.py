@@ -6,21 +6,31 @@ direction ``(..., R, L)``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pintpot.optim._project import Project, State
+from pintpot.optim._tensors import CHUNK_NUMEL
 
 
 @dataclass(frozen=True)
 class Small:
-    """One projected gradient and the direction that the inner rule made of it, both ``(..., R, L)``."""
+    """One projected gradient and what the inner rule made of it.
+
+    Attributes:
+        gradient: ``(..., R, L)``.
+        direction: ``(..., R, L)``.
+        moments: what the rule keeps, by name; changes in place are kept.
+    """
 
     gradient: Tensor
     direction: Tensor
+    moments: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,76 @@ class NormScaled(Residual):
         return side * long + 8 * long
 
 
+@dataclass(frozen=True)
+class SignRest(Residual):
+    """The direction goes back up, and the sign of the rest of the gradient moves the weights too (FRUGAL, algorithm 1).
+
+    Attributes:
+        rest_scale: factor on the learning rate of the rest, beside ``scale``.
+    """
+
+    rest_scale: float = 1.0
+
+    def apply_(
+        self, parameter: Tensor, gradient: Tensor, small: Small, state: State, project: Project, lr: float
+    ) -> None:
+        """``W -= lr * scale * (P direction + rest_scale * sign(G - P small))``, the rest strip by strip."""
+        long = gradient.shape[-1]
+        width = max(1, CHUNK_NUMEL * long // gradient.numel())
+        for start in range(0, long, width):
+            strip = slice(start, start + width)
+            rest = gradient[..., strip].clone()
+            project.up_(rest, state, small.gradient[..., strip], -1.0)
+            parameter[..., strip].add_(rest.sign_(), alpha=-lr * self.scale * self.rest_scale)
+        project.up_(parameter, state, small.direction, -lr * self.scale)
+
+    def workspace_numel(self, side: int, long: int) -> int:
+        """A strip of the rest."""
+        return side * min(long, max(1, CHUNK_NUMEL // side))
+
+
+@dataclass(frozen=True)
+class MuonRest(Residual):
+    """The momentum outside the subspace moves the weights too, made orthogonal as in Muon (COSMOS).
+
+    Inside, the inner rule says what each entry of the small momentum is multiplied by. Both parts are added, and the
+    sum is scaled to one length: a root mean square of ``scale``.
+
+    Attributes:
+        weight: root mean square of the orthogonal part before it is added (gamma).
+        momentum_decay: of the momentum, which the inner rule keeps.
+    """
+
+    weight: float = 0.1
+    momentum_decay: float = 0.9
+
+    def apply_(
+        self, parameter: Tensor, gradient: Tensor, small: Small, state: State, project: Project, lr: float
+    ) -> None:
+        """``W -= lr * scale * sqrt(S L) * X / |X|``, with ``X = P (direction * P^T M) + weight * sqrt(S L) * O / |O|``.
+
+        O is the orthogonal factor of ``M - P P^T M``.
+        """
+        momentum = small.moments["momentum"]
+        momentum.lerp_(gradient.to(momentum.dtype), 1 - self.momentum_decay)
+        side, long = parameter.shape[-2:]
+        length = math.sqrt(side * long)
+        whole = momentum.to(parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+        inside = project.down(state, whole)
+        if project.rank_of(side) < side:
+            project.up_(whole, state, inside, -1.0)
+            whole = _orthogonal(whole)
+            whole.mul_(_to_length(whole, self.weight * length))
+        else:
+            whole.zero_()  # Nothing is left outside, and rounding must not be taken for it.
+        project.up_(whole, state, inside.mul_(small.direction), 1.0)
+        parameter.addcmul_(whole, _to_length(whole, self.scale * length), value=-lr)
+
+    def workspace_numel(self, side: int, long: int) -> int:
+        """The momentum, the rest before and after one step of its orthogonalisation, and two products S x S."""
+        return 3 * side * long + 2 * side * side
+
+
 def _norm(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=_norm_dtype(tensor.dtype))
 
@@ -158,3 +238,22 @@ def _limited_(state: State, norm: Tensor, growth_limit: float) -> Tensor:
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _to_length(tensor: Tensor, length: float) -> Tensor:
+    """The factor that gives each matrix this norm; 0 where it is zero."""
+    norm = _norm(tensor, (-2, -1))
+    return torch.where(norm > 0, length / norm, 0.0).to(tensor.dtype)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the orthogonal factor of each matrix, its singular values in about 0.7 to 1.2; ``matrix`` is overwritten.
+
+    Five Newton-Schulz steps of the fifth order with Muon's coefficients (Jordan et al. 2024).
+    """
+    first, third, fifth = 3.4445, -4.7750, 2.0315
+    found = matrix.mul_(_to_length(matrix, 1.0)).reshape(-1, *matrix.shape[-2:])
+    for _ in range(5):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), found, beta=first)
+    return found.reshape(matrix.shape)

@@ -148,14 +148,6 @@ class Selection:
         self._noted: dict[int, list[Tensor]] = defaultdict(list)
         self._begin({})
 
-    def look_(self, states: MutableMapping[Tensor, Any]) -> None:
-        """Choose by the gradients that are there or were noted. Those of the other blocks are freed.
-
-        Args:
-            states: what the optimizer keeps for each parameter; that of blocks no longer trained is dropped.
-        """
-        self._choose(states)
-
     def note_(self, parameter: Tensor) -> bool:
         """Whether this step only looks at the gradient of a parameter, whose norm is then noted."""
         number = self._number.get(parameter)
@@ -175,7 +167,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the selection stands."""
-        return {"steps": self.steps, "active": self.active, "memory": self.memory}
+        return {"steps": self.steps, "active": list(self.active), "memory": dict(self.memory)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Train what was trained when the state was taken; an empty one begins anew."""
@@ -192,9 +184,14 @@ class Selection:
         if self.looking:
             self._train(range(len(self.blocks)))
         else:
-            self._choose(states)
+            self.choose_(states)
 
-    def _choose(self, states: MutableMapping[Tensor, Any]) -> None:
+    def choose_(self, states: MutableMapping[Tensor, Any]) -> None:
+        """Choose, where the rule looks by the gradients that are there or were noted; free those of other blocks.
+
+        Args:
+            states: what the optimizer keeps for each parameter; that of blocks no longer trained is dropped.
+        """
         before = set(self.active)
         # On shapes alone the first blocks stand for any: with them the backward pass goes through the whole model.
         if all(has_values(p) for block in self.blocks for p in block):

@@ -7,7 +7,7 @@ Differs:   the second moment of matrices is scaled by blocks of 128, where the p
 Saves:     optimizer, real: 1/2 + 4/128 bytes an element of a moment instead of 4 (or 2). One batch of moments is
            unpacked at a time.
 Shapes:    moments of any shape, seen flat in blocks.
-Composes:  any rule of the optimizer slot that keeps moments (alone: AdamW), gradient release, adapters.
+Composes:  any rule of the optimizer slot that keeps whole moments (alone: AdamW), gradient release, adapters.
 Use when:  8 bits are still too many, and the update should stay AdamW's.
 Not when:  the budget holds 8 bits.
 """
@@ -33,6 +33,7 @@ from pintpot.optim._base import OptimExtra, packed_states
     source=Source("Memory Efficient Optimizers with 4-bit States", arxiv="2309.01507", year=2023),
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
+    needs=("whole_moments",),
     claims=(Claim("optimizer bytes saved (fraction)", 0.875, versus="32-bit AdamW", where="section 3"),),
     fidelity="second moment by blocks of 128 instead of row and column maxima; no exception for small tensors",
 )

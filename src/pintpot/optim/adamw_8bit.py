@@ -6,7 +6,7 @@ Differs:   blocks of 256 elements, as in the authors' later package, where the p
 Saves:     optimizer, real: 1 + 4/256 bytes an element of a moment instead of 4 (or 2). One batch of moments is unpacked
            at a time.
 Shapes:    moments of any shape, seen flat in blocks.
-Composes:  any rule of the optimizer slot that keeps moments (alone: AdamW), gradient release, adapters.
+Composes:  any rule of the optimizer slot that keeps whole moments (alone: AdamW), gradient release, adapters.
 Use when:  AdamW's states do not fit, and nothing else about training should change.
 Not when:  the states are small already (APOLLO-Mini, adapters of low rank).
 """
@@ -32,6 +32,7 @@ from pintpot.optim._base import OptimExtra, packed_states
     source=Source("8-bit Optimizers via Block-wise Quantization", arxiv="2110.02861", year=2021),
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
+    needs=("whole_moments",),
     claims=(Claim("optimizer bytes saved (fraction)", 0.75, versus="32-bit AdamW", where="section 2"),),
     fidelity="blocks of 256; no exception for small tensors",
 )

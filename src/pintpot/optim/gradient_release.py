@@ -34,6 +34,7 @@ from pintpot.optim._base import OptimExtra
     ),
     accounts=(Account.GRADIENTS,),
     jobs=TRAINING,
+    needs=("gradients",),
     claims=(Claim("memory used (fraction)", 0.108, versus="the standard approach with AdamW", where="abstract"),),
     fidelity="any rule instead of SGD; no clipping by the whole norm",
 )

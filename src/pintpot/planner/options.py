@@ -66,7 +66,7 @@ def candidates(
 def _unfit(kind: type[Technique], workload: Workload, exclude: Collection[str]) -> str:
     facts = kind.facts
     if workload.job not in facts.jobs:
-        return f"does not serve {workload.job} (it serves {', '.join(facts.jobs)})"
+        return f"does not serve {workload.job} (it serves {', '.join(facts.jobs) or 'no job, only Python'})"
     if facts.name in exclude:
         return "excluded on request"
     if facts.saving is Saving.SIMULATED:
