@@ -1,15 +1,17 @@
 """Optimizers on equal work: pretraining a small Llama on the standard library, and step time beside the peers.
 
-Run with ``python -m benchmarks.optim``. The peers ``galore-torch`` and ``apollo-torch`` are measured where they are
-installed (``pip install --no-deps galore-torch apollo-torch bitsandbytes``; both import the last).
+Every registered rule, and every extra on AdamW, trains on the same windows for the same steps, at the best of the same
+learning rates. Run with ``python -m benchmarks.optim``. The peers ``galore-torch`` and ``apollo-torch`` are measured
+where they are installed (``pip install --no-deps galore-torch apollo-torch bitsandbytes``; both import the last).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +19,28 @@ from benchmarks.rows import append_rows, stamp
 from benchmarks.training_wings import batches, live_peak, llama, median_seconds, stdlib_bytes
 from torch import nn
 
-from pintpot.optim import Apollo, ApolloMini, GaLore, projected_groups
+from pintpot.core.registry import techniques
+from pintpot.ledger.steps import train_step
+from pintpot.optim import Apollo, ApolloMini, GaLore, OptimExtra, projected_groups
+from pintpot.optim._adamw import AdamWRule
 
 HIDDEN, LAYERS, BATCH, TOKENS, STEPS, SEED = 128, 5, 8, 96, 80, 0
 RANK, GAP = 32, 50
+RATES = (1e-3, 3e-3, 1e-2)
+FORWARD_ONLY_RATES = (1e-5, 1e-4, 1e-3)
+SMALL = {"rank": RANK, "update_gap": GAP, "active_blocks": 2, "interval_steps": 10, "directions": 20, "samples": 4}
+"""Hyperparameters for a model of this size, for the rules that have them (DCT-AdamW still chooses at each step)."""
+PAPER = {
+    "galore": "34.88 ppl (AdamW 34.06)",
+    "fira": "31.06 ppl (AdamW 34.06)",
+    "apollo": "31.55 ppl (AdamW 34.06)",
+    "apollo-mini": "30.95 ppl (AdamW 34.06)",
+    "dct-low-rank": "13.69 ppl (AdamW 11.73)",
+}
 SIDE, LONG = 1024, 2752
 MODEL = f"llama-{HIDDEN}x{LAYERS} (random, bytes)"
 DATA = "python stdlib"
-Make = Callable[[nn.Module], torch.optim.Optimizer]
+Make = Callable[..., torch.optim.Optimizer]
 
 
 def peer(package: str, kind: str, settings: dict[str, Any]) -> Make | None:
@@ -56,6 +72,24 @@ def methods(rank: int) -> dict[str, tuple[Make, Make | None, str]]:
     }
 
 
+def registered() -> dict[str, tuple[Callable[[nn.Module, float], torch.optim.Optimizer], str]]:
+    """Every technique that can pretrain a language model: how it is made, and its configuration."""
+    found = {}
+    for name, kind in techniques("optim").items():
+        if "pretrain" not in kind.facts.jobs and "finetune" not in kind.facts.jobs:
+            continue
+        if issubclass(kind, OptimExtra):
+            extras = dict(kind().extras)
+            found[name] = (lambda m, lr, extras=extras: AdamWRule().optimizer(m, lr=lr, **extras), "AdamW")
+            continue
+        small = {key: value for key, value in SMALL.items() if key in kind.__dataclass_fields__}
+        if name == "dct-low-rank":
+            del small["update_gap"]
+        rule = kind.build(small)
+        found[name] = (lambda m, lr, rule=rule: rule.optimizer(m, lr=lr), str(rule))
+    return found
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the state, the peers' projector objects included."""
     total = 0
@@ -74,10 +108,7 @@ def pretrain(make: Make) -> dict[str, float]:
     for step, ids in enumerate(batches(stdlib_bytes(held_out=False), BATCH, TOKENS, SEED)):
         if step == STEPS:
             break
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        train_step(model, optimizer, ids, ids)
         schedule.step()
     seconds = time.process_time() - start
     windows = stdlib_bytes(held_out=True)[: 64 * TOKENS].view(64, TOKENS)
@@ -108,6 +139,13 @@ def step_costs(make: Make | None) -> dict[str, float]:
     first = time.process_time() - start
     later = median_seconds(optimizer.step, 9)
     return {"first": first, "later": later, "bytes": live_peak(optimizer.step)}
+
+
+def best(make: Callable[[nn.Module, float], torch.optim.Optimizer], rates: Sequence[float]) -> tuple[dict, float]:
+    """The run with the fewest bits, and its learning rate."""
+    runs = {rate: pretrain(lambda m, rate=rate: make(m, rate)) for rate in rates}
+    rate = min(runs, key=lambda r: runs[r]["bits"] if math.isfinite(runs[r]["bits"]) else math.inf)
+    return runs[rate], rate
 
 
 def rows_of(name: str, config: str, ours: dict, base: dict, other: dict | None, what: dict) -> dict:
@@ -159,29 +197,20 @@ def cost_status(value: float, reference: float, rival: float | None) -> str:
 
 def main() -> None:
     """Measure everything and write ``results/optim.csv``."""
-    trials = {
-        lr: pretrain(lambda m, lr=lr: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0)) for lr in (1e-3, 3e-3)
-    }
-    rate, adamw = min(trials.items(), key=lambda item: item[1]["bits"])
-    print("AdamW", rate, adamw)
-    shared = {"model": MODEL, "data": DATA, "tokens": TOKENS, "note": f" (best of lr 0.001, 0.003: {rate})"}
-    paper = {
-        "galore": "34.88 ppl (AdamW 34.06)",
-        "apollo": "31.55 ppl (AdamW 34.06)",
-        "apollo-mini": "30.95 ppl (AdamW 34.06)",
-    }
-    for name, (make, rival, config) in methods(RANK).items():
-        ours, theirs = pretrain(make), None if rival is None else pretrain(rival)
-        print(name, ours, theirs, flush=True)
-        quality = {
-            "metric": "held-out bits per byte",
-            "unit": "bits",
-            "key": "bits",
-            "status": quality_status,
-            "paper": paper,
-        }
-        held = {"metric": "optimizer state", "unit": "bytes", "key": "state", "status": bytes_status}
-        append_rows("optim", [rows_of(name, config, ours, adamw, theirs, {**shared, **w}) for w in (quality, held)])
+    adamw, rate = best(lambda m, lr: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0), RATES)
+    print("AdamW", rate, adamw, flush=True)
+    shared = {"model": MODEL, "data": DATA, "tokens": TOKENS, "note": f" (best of {RATES}: {rate})", "paper": PAPER}
+    peers = {name: rival for name, (_, rival, _) in methods(RANK).items()}
+    quality = {"metric": "held-out bits per byte", "unit": "bits", "key": "bits", "status": quality_status}
+    held = {"metric": "optimizer state", "unit": "bytes", "key": "state", "status": bytes_status}
+    for name, (make, config) in registered().items():
+        rates = FORWARD_ONLY_RATES if getattr(make(llama(HIDDEN, 2), 1e-3), "gradient_free", False) else RATES
+        ours, rate = best(make, rates)
+        rival = peers.get(name)
+        theirs = None if rival is None else pretrain(lambda m, rival=rival, rate=rate: rival(m, rate))
+        print(name, config, rate, ours, theirs, flush=True)
+        full = f"{config}, lr={rate} (best of {rates})"
+        append_rows("optim", [rows_of(name, full, ours, adamw, theirs, {**shared, **w}) for w in (quality, held)])
     plain = step_costs(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2))
     for name, (make, rival, config) in methods(256).items():
         ours, theirs = step_costs(make), None if rival is None else step_costs(rival)
