@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 
@@ -100,8 +101,9 @@ class SublinearCheckpointing(ActivationMethod):
         return work.plus("step", read_bytes=int(share * sum(p.nbytes for p in weights)), flops=flops, dtype=dtype)
 
 
+@lru_cache(maxsize=256)
 def choose(step: StepBytes, budget_bytes: int | None) -> Segments:
-    """The segments to recompute.
+    """The segments to recompute; remembered, because the planner asks many times.
 
     Without a budget: the least peak with gradients, which pile up during the backward pass; of the choices that reach
     it the least peak of what is kept; of those the fewest recomputed blocks. Within a budget: the fewest recomputed.

@@ -29,7 +29,7 @@ from pintpot.optim._inner import Adam, Inner
 from pintpot.optim._project import Project
 from pintpot.optim._residual import Residual
 from pintpot.optim._select import Select
-from pintpot.optim._states import states_of
+from pintpot.optim._states import TABLE_BYTES, states_of
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks
 
 UNPACKED_BYTES = 24
@@ -244,7 +244,11 @@ class ProjectedMethod(OptimMethod):
 
 
 def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, bits: int) -> Ledger:
-    """A ledger whose ``optimizer`` account is packed, as if all of it were moments."""
+    """A ledger whose ``optimizer`` account is packed, as if all of it were moments.
+
+    Its ``workspace`` has the tables of the levels, and in the update (in the backward pass, where gradients are
+    released) the unpacked moments.
+    """
     if not workload.training:
         return ledger
     itemsize, states = shape.dtype.itemsize, states_of(bits)
@@ -254,7 +258,9 @@ def packed_states(ledger: Ledger, shape: ModelShape, workload: Workload, bits: i
         return moment.with_bytes(Account.OPTIMIZER, states.nbytes(numel, shape.dtype))
 
     unpacked = UNPACKED_BYTES * min(CHUNK_NUMEL, ledger.peak_of(Account.OPTIMIZER) // itemsize)
-    return ledger.edit(pack).add(Account.WORKSPACE, unpacked, phases=("step",))
+    released = ledger.phase("step").of(Account.GRADIENTS) == 0
+    ledger = ledger.edit(pack).add(Account.WORKSPACE, TABLE_BYTES, phases=("forward", "backward", "step"))
+    return ledger.add(Account.WORKSPACE, unpacked, phases=("backward" if released else "step",))
 
 
 def _sides(p: ParameterShape) -> tuple[int, int]:

@@ -152,6 +152,8 @@ def _pieces(numel: int) -> Iterator[slice]:
 
 STATE_BITS = (32, 8, 4)
 """The kinds of states; 32 stands for the parameter's own dtype."""
+TABLE_BYTES = 2 * ((1 << 16) + 4 * 256)
+"""Bytes of an optimizer's tables at the most: codes and levels of signed and unsigned moments."""
 
 
 def states_of(bits: int) -> States:

@@ -48,12 +48,13 @@ class GradientRelease(OptimExtra):
         return {"release_gradients": True}
 
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
-        """The ``gradients`` account: the largest parameter's."""
+        """``gradients`` are the largest parameter's; the temporaries of the update come in the backward pass."""
         if not workload.training:
             return ledger
-        largest = max(p.nbytes for p in shape.parameters)
-        held = min(largest, ledger.phase("step").of(Account.GRADIENTS))
-        return ledger.set(Account.GRADIENTS, held, phases=("backward",)).set(Account.GRADIENTS, 0, phases=("step",))
+        step = ledger.phase("step")
+        held = min(max(p.nbytes for p in shape.parameters), step.of(Account.GRADIENTS))
+        ledger = ledger.set(Account.GRADIENTS, held, phases=("backward",)).set(Account.GRADIENTS, 0, phases=("step",))
+        return ledger.add(Account.WORKSPACE, step.of(Account.WORKSPACE), phases=("backward",))
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """The update is the same but for the clipping that is left out."""

@@ -33,6 +33,8 @@ TIME_UNIT = 1e-4
 """Differences in time below this share of the plain job's are noise."""
 PEAK_GAP = 1e-4
 """The smallest peak is looked for to this relative precision."""
+SOLVE_ERROR = 4
+"""The solver's status when it stops without an answer."""
 EAGER_PAIRS = 2000
 """Up to so many pairs of choices are predicted at the start. Beyond, choices that another betters in everything are
 left out first, and if that is not enough, only the pairs of compositions that are found are predicted."""
@@ -279,13 +281,15 @@ class Program:
         if not len(costs):
             return (frozenset(), costs) if all(upper >= 0 for upper in rows.upper) else None
         upper = np.array([1.0] * binary + [np.inf] * (len(costs) - binary))
-        result = milp(
-            costs,
-            integrality=np.array([1] * count + [0] * (len(costs) - count)),
-            bounds=Bounds(np.zeros(len(costs)), upper),
-            constraints=rows.constraint(len(costs)),
-            options={"mip_rel_gap": gap},
-        )
+        posed = {
+            "integrality": np.array([1] * count + [0] * (len(costs) - count)),
+            "bounds": Bounds(np.zeros(len(costs)), upper),
+            "constraints": rows.constraint(len(costs)),
+        }
+        result = milp(costs, **posed, options={"mip_rel_gap": gap})
+        if result.status == SOLVE_ERROR:
+            # Presolving now and then gives up on coefficients of very different sizes.
+            result = milp(costs, **posed, options={"mip_rel_gap": gap, "presolve": False})
         if result.status == 2:
             return None
         if result.x is None or result.status != 0:
