@@ -20,10 +20,9 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.optim._base import ProjectedMethod
 from pintpot.optim._engine import ProjectedOptimizer
-from pintpot.optim._project import LeadingSubspace, Project
 from pintpot.optim._residual import NormScaled, Residual
+from pintpot.optim.galore import GaLoreRule
 
 
 @technique(
@@ -44,35 +43,12 @@ from pintpot.optim._residual import NormScaled, Residual
     fidelity="subspace by a float64 eigendecomposition; bias correction before the norm-growth limiter",
 )
 @dataclass(frozen=True, kw_only=True)
-class FiraRule(ProjectedMethod):
-    """``LeadingSubspace x Adam x NormScaled``.
-
-    Attributes:
-        rank: rows of the projected gradient.
-        update_gap: steps between refreshes of the subspace (T).
-        scale: factor on the learning rate inside the subspace (alpha).
-    """
-
-    rank: int = 128
-    update_gap: int = 200
-    scale: float = 0.25
-
-    def project(self) -> Project:
-        """Onto leading singular vectors."""
-        return LeadingSubspace(self.rank)
+class FiraRule(GaLoreRule):
+    """``LeadingSubspace x Adam x NormScaled``; the hyperparameters are GaLore's."""
 
     def residual(self) -> Residual:
         """Scaled by column, with its growth limited."""
         return NormScaled(self.scale)
-
-    @property
-    def refresh_steps(self) -> int:
-        """The update gap."""
-        return self.update_gap
-
-    def refresh_flops(self, side: int, long: int) -> float:
-        """The product ``G G^T`` and about ``9 S^3`` for its eigenvectors."""
-        return 2.0 * side * side * long + 9.0 * side**3
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """Below AdamW's perplexity in table 2 of the paper; tuned AdamW is not beaten, so not zero."""

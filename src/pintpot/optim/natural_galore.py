@@ -23,12 +23,10 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, Technique, technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Workload
-from pintpot.optim._base import ProjectedMethod
 from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import split_shape
 from pintpot.optim._inner import FisherAdam, Inner
-from pintpot.optim._project import LeadingSubspace, Project
-from pintpot.optim._residual import Drop, Residual
+from pintpot.optim.galore import GaLoreRule
 
 
 @technique(
@@ -50,43 +48,20 @@ from pintpot.optim._residual import Drop, Residual
     fidelity="one-sided subspace by a float64 eigendecomposition of G G^T",
 )
 @dataclass(frozen=True, kw_only=True)
-class NaturalGaLoreRule(ProjectedMethod):
-    """``LeadingSubspace x FisherAdam x Drop``.
+class NaturalGaLoreRule(GaLoreRule):
+    """``LeadingSubspace x FisherAdam x Drop``; other hyperparameters are GaLore's.
 
     Attributes:
-        rank: rows of the projected gradient.
-        update_gap: steps between refreshes of the subspace (T).
-        scale: factor on the learning rate of projected matrices (alpha).
         history: small gradients that the Fisher matrix is made of (s).
         damping: added to its diagonal (lambda).
     """
 
-    rank: int = 128
-    update_gap: int = 200
-    scale: float = 0.25
     history: int = 20
     damping: float = 1e-3
-
-    def project(self) -> Project:
-        """Onto leading singular vectors."""
-        return LeadingSubspace(self.rank)
 
     def inner(self, betas: tuple[float, float], eps: float) -> Inner:
         """Adam on natural gradients."""
         return FisherAdam(betas=betas, eps=eps, history=self.history, damping=self.damping)
-
-    def residual(self) -> Residual:
-        """Dropped."""
-        return Drop(self.scale)
-
-    @property
-    def refresh_steps(self) -> int:
-        """The update gap."""
-        return self.update_gap
-
-    def refresh_flops(self, side: int, long: int) -> float:
-        """The product ``G G^T`` and about ``9 S^3`` for its eigenvectors."""
-        return 2.0 * side * side * long + 9.0 * side**3
 
     def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
         """That of GaLore, and the history: read twice, multiplied with itself, and summed."""
@@ -100,12 +75,6 @@ class NaturalGaLoreRule(ProjectedMethod):
             flops += 2.0 * small * self.history * (self.history + 1)
         more = super().work(work, shape, workload)
         return more.plus("step", read_bytes=moved, flops=flops, dtype=str(shape.dtype).removeprefix("torch."))
-
-    def risk(self, shape: ModelShape, workload: Workload) -> float:
-        """That of GaLore: the abstract has it lower, but gives no figure of perplexity."""
-        sides = [min(p.shape[-2:]) for p in split_shape(shape)[0]]
-        share = min(1.0, self.rank / min(sides)) if sides else 1.0
-        return (0.024 if shape.numel < 2e8 else 0.008) * min(4.0, max(0.5, 0.25 / share))
 
     @classmethod
     def options(cls, shape: ModelShape, workload: Workload) -> Iterable[Technique]:
