@@ -47,7 +47,7 @@ class TrainSettings:
         trainable_only: checkpoints leave out frozen parameters (adapters on a frozen model).
         validate_every: steps between validations (and one at the end); 0 for none.
         run: what identifies the run (JSON-able); a checkpoint of another run is refused.
-        memory_budget_bytes: shown beside the current memory.
+        memory_budget_bytes: shown beside the memory of the process.
         progress: show a progress bar, or lines where there is no terminal.
     """
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pintpot.core.units import format_bytes
+from pintpot.ledger.process import resident_bytes
 
 Reporter = Callable[[dict[str, float]], None]
 """Shows one row of the curve."""
@@ -28,7 +27,7 @@ def reporter(show: bool, steps: int, memory_budget_bytes: int | None) -> Iterato
     Args:
         show: False shows nothing.
         steps: steps of the whole run.
-        memory_budget_bytes: shown beside the current memory when given.
+        memory_budget_bytes: shown beside the memory of the process when given.
     """
     console = Console(stderr=True)
     if not show:
@@ -40,14 +39,6 @@ def reporter(show: bool, steps: int, memory_budget_bytes: int | None) -> Iterato
         yield _line_reporter(steps, memory_budget_bytes)
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return 0
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _bar(console: Console, steps: int) -> Progress:
     return Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
@@ -56,9 +47,9 @@ def _bar(console: Console, steps: int) -> Progress:
 
 
 def _describe(row: dict[str, float], rate: float, memory_budget_bytes: int | None) -> str:
-    memory = format_bytes(resident_bytes())
+    memory = f"process {format_bytes(resident_bytes() or 0)}"
     if memory_budget_bytes is not None:
-        memory += f" of {format_bytes(memory_budget_bytes)}"
+        memory += f" (budget for tensors {format_bytes(memory_budget_bytes)})"
     return f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, {memory}"
 
 
@@ -69,8 +60,8 @@ def _rates() -> Callable[[dict[str, float]], float]:
 
     def rate(row: dict[str, float]) -> float:
         nonlocal smooth
-        if before:
-            now = (row["tokens"] - before["tokens"]) / max(row["seconds"], 1e-9)
+        if before or row["step"] == 1:
+            now = (row["tokens"] - before.get("tokens", 0)) / max(row["seconds"], 1e-9)
             smooth = now if smooth == 0.0 else 0.9 * smooth + 0.1 * now
         before.update(row)
         return smooth
