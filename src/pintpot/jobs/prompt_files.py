@@ -13,6 +13,7 @@ from pintpot.core.errors import DataError, Interrupted
 from pintpot.core.files import PARTIAL, fsync_folder, refuse_existing
 from pintpot.jobs.documents import messages_of, read_json_lines
 from pintpot.jobs.generator import Completion, Prompt
+from pintpot.jobs.stopping import stop_requests
 
 COMPLETION = "completion"
 """The key of the new text in the output; the other keys of a prompt's line are copied."""
@@ -76,24 +77,30 @@ def complete_file(
     partial = out.with_name(out.name + PARTIAL)
     before = _lines_done(partial, lines)
     progress(before)
-    with partial.open("ab") as handle:
+    with partial.open("ab") as handle, stop_requests(at_once=True) as stop:
         for first in range(before, len(lines), batch):
             chosen = lines[first : first + batch]
             try:
                 completions = complete([line.prompt for line in chosen])
             except KeyboardInterrupt as error:
-                raise Interrupted(
-                    f"stopped after {first} of {len(lines)} prompts; {partial} holds them",
-                    hint="run the same command again to go on",
-                ) from error
+                raise _interrupted(first, lines, partial) from error
             records = (_record(line, done) for line, done in zip(chosen, completions, strict=True))
             handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
             handle.flush()
             os.fsync(handle.fileno())
             progress(first + len(chosen))
+            if stop and first + len(chosen) < len(lines):
+                raise _interrupted(first + len(chosen), lines, partial)
     partial.replace(out)
     fsync_folder(out.absolute().parent)
     return before
+
+
+def _interrupted(done: int, lines: Sequence[PromptLine], partial: Path) -> Interrupted:
+    return Interrupted(
+        f"stopped after {done} of {len(lines)} prompts; {partial} holds them",
+        hint="run the same command again to go on",
+    )
 
 
 def _prompt(entry: dict[str, Any], place: str) -> Prompt:

@@ -8,14 +8,11 @@ A resumed run is bit for bit the run that was never stopped, for the same machin
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from torch.optim import Optimizer
 
 from pintpot.core.errors import CompositionError, DataError, Interrupted, TrainingError
 from pintpot.jobs.batches import Batches
+from pintpot.jobs.stopping import stop_requests
 from pintpot.jobs.training_progress import Reporter, reporter
 from pintpot.jobs.training_state import Position, list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -135,7 +133,7 @@ def train(
     began = time.perf_counter()
     position = loop.resume()
     curve = position.curve
-    with reporter(settings.progress, steps, settings.memory_budget_bytes) as report, _stop_requests() as stop:
+    with reporter(settings.progress, steps, settings.memory_budget_bytes) as report, stop_requests() as stop:
         for step in range(position.step, steps):
             row = loop.step(step, curve)
             _finish_row(loop, row, step, steps, report)
@@ -293,26 +291,3 @@ def _interrupted(step: int, steps: int, settings: TrainSettings) -> Interrupted:
         f"stopped at step {step} of {steps}; the checkpoint is in {settings.checkpoints}",
         hint="run the same command again to resume",
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second one acts as it did before."""
-    requests: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in numbers}
-
-    def request(number: int, _frame: FrameType | None) -> None:
-        requests.append(number)
-        signal.signal(number, previous[number])
-
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
