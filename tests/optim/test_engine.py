@@ -80,8 +80,9 @@ def test_released_gradients_give_the_same_update_and_are_gone(kind):
         one.zero_grad()
         backward(released)
         assert all(p.grad is None for p in released.parameters())
-        two.step()
         assert two.gradient_norm() == pytest.approx(norms[-1], rel=1e-5)
+        two.step()
+        assert two.gradient_norm() == 0.0
     # Batches of tensors are summed in another order, no more.
     for a, b in zip(held.parameters(), released.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -89,7 +90,7 @@ def test_released_gradients_give_the_same_update_and_are_gone(kind):
 
 def test_at_most_one_gradient_lives_at_a_time():
     model = tiny_model("llama")
-    AdamW(model, release_gradients=True)
+    optimizer = AdamW(model, release_gradients=True)
     alive = []
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(
@@ -97,15 +98,23 @@ def test_at_most_one_gradient_lives_at_a_time():
         )
     backward(model)
     assert max(alive) == 0
+    # An optimizer that is gone releases nothing more.
+    del optimizer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model)
+    assert all(p.grad is not None for p in model.parameters())
+    assert not moved(model, before)
 
 
 def test_a_released_gradient_that_is_not_finite():
     p = nn.Parameter(torch.ones(3))
-    AdamW([p], release_gradients=True, nonfinite="skip")
+    skipping = AdamW([p], release_gradients=True, nonfinite="skip")
     (p.sum() * float("nan")).backward()
     assert torch.equal(p.detach(), torch.ones(3))
+    assert not skipping.state
     q = nn.Parameter(torch.ones(3))
-    AdamW([q], release_gradients=True)
+    raising = AdamW([q], release_gradients=True)
     with pytest.raises(TrainingError, match="NaN"):
         (q.sum() * float("nan")).backward()
     assert torch.equal(q.detach(), torch.ones(3))
+    assert not raising.state

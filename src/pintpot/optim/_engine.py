@@ -6,6 +6,7 @@ with the smaller side first (see ``_project``). All temporaries are of one batch
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -118,12 +119,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 self._update([(p, (n, i)) for p, n, i in present if n == number], group)
         if self.selection is not None:
             self.selection.advance_(self.state)
+        self._squares.clear()
         return loss
 
     def gradient_norm(self) -> float:
-        """The norm of the whole gradient whose parts were released since this was last asked."""
-        squares, self._squares = self._squares, []
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        """The norm of the whole gradient whose parts were released since the last ``step``."""
+        return float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a torch optimizer, and where the selection stands."""
@@ -162,16 +163,24 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     p.register_post_accumulate_grad_hook(self._arrived(number, index))
 
     def _arrived(self, number: int, index: int) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def update(p: Tensor) -> None:
-            if p.grad is not None and self._finite([p]):
-                if has_values(p):
-                    self._squares.append(p.grad.float().square().sum())
-                if self.selection is None or not self.selection.note_(p):
-                    self._update([(p, (number, index))], self.param_groups[number])
-            p.grad = None
+        # The parameter outlives the optimizer: its hook must neither keep it alive nor act for one that is gone.
+        weak = weakref.ref(self)
 
-        return update
+        def arrived(p: Tensor) -> None:
+            optimizer = weak()
+            if optimizer is not None:
+                optimizer._update_now(p, (number, index))
+
+        return arrived
+
+    @torch.no_grad()
+    def _update_now(self, p: Tensor, number: tuple[int, int]) -> None:
+        if p.grad is not None and self._finite([p]):
+            if has_values(p):
+                self._squares.append(p.grad.float().square().sum())
+            if self.selection is None or not self.selection.note_(p):
+                self._update([(p, number)], self.param_groups[number[0]])
+        p.grad = None
 
     def _finite(self, parameters: Sequence[Tensor]) -> bool:
         gradients = [(p, p.grad) for p in parameters if p.grad is not None]
