@@ -12,7 +12,7 @@ from pintpot.jobs.training_state import flatten_state, unflatten_state
 from pintpot.optim import Cosmos
 from pintpot.optim._project import PowerSubspace
 from pintpot.optim._residual import _orthogonal
-from tests.optim.test_projected import DECAY, LR, RANK, adam, gradients, run, start
+from tests.optim.test_projected import DECAY, LR, RANK, ByMatrix, run, start
 
 BETA1, BETA2, RATIO = 0.9, 0.96, 0.1
 
@@ -32,12 +32,12 @@ def orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return torch.stack(found, dim=1)
 
 
-class Twin:
+class Twin(ByMatrix):
     """The algorithm as the paper writes it, one matrix at a time, the smaller side on the left."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.states: dict = {}
-        self.moments: dict = {}
 
     def update(self, key: object, g: torch.Tensor, step: int) -> torch.Tensor:
         """The update of one S x L matrix before the learning rate."""
@@ -62,23 +62,6 @@ class Twin:
         length = (side * long) ** 0.5
         whole = u @ inside + RATIO * length * x / x.norm()
         return RATIO * length * whole / whole.norm()
-
-    def step(self, weights: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        moved = []
-        for index, (w, g) in enumerate(zip(weights, gradients(step - 1), strict=True)):
-            w = w * (1 - LR * DECAY)
-            if w.dim() == 1:
-                moved.append(w - LR * adam(self.moments, index, g, step))
-                continue
-            wide = w.shape[-2] <= w.shape[-1]
-            parts = []
-            for expert, (part, own) in enumerate(
-                zip(w.view(-1, *w.shape[-2:]), g.view(-1, *w.shape[-2:]), strict=True)
-            ):
-                update = self.update((index, expert), own if wide else own.T, step)
-                parts.append(part - LR * (update if wide else update.T))
-            moved.append(torch.stack(parts).view(w.shape))
-        return moved
 
 
 def test_twenty_steps_are_those_of_the_float64_twin():

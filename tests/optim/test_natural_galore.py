@@ -10,7 +10,7 @@ from pintpot.core.errors import ShapeError
 from pintpot.jobs.training_state import flatten_state, unflatten_state
 from pintpot.optim import NaturalGaLore, _inner
 from pintpot.optim._inner import FisherAdam
-from tests.optim.test_projected import DECAY, GAP, LR, RANK, SHAPES, adam, gradients, run, start
+from tests.optim.test_projected import DECAY, GAP, LR, RANK, SHAPES, ByMatrix, adam, gradients, run, start
 
 HISTORY, DAMPING = 3, 1e-3
 
@@ -20,11 +20,12 @@ def make(parameters: list[nn.Parameter], **more: object) -> NaturalGaLore:
     return NaturalGaLore(parameters, **settings)
 
 
-class Twin:
+class Twin(ByMatrix):
     """The method as its paper writes it, one matrix at a time, the smaller side on the left."""
 
     def __init__(self) -> None:
-        self.moments, self.basis, self.past = {}, {}, {}
+        super().__init__()
+        self.basis, self.past = {}, {}
 
     def update(self, key: object, g: torch.Tensor, step: int) -> torch.Tensor:
         if (step - 1) % GAP == 0:
@@ -38,23 +39,6 @@ class Twin:
             fisher += torch.outer(old, old)
         natural = torch.linalg.solve(fisher, small).view(RANK, -1)
         return 0.25 * p @ adam(self.moments, key, natural, step)
-
-    def step(self, weights: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        moved = []
-        for index, (w, g) in enumerate(zip(weights, gradients(step - 1), strict=True)):
-            w = w * (1 - LR * DECAY)
-            if w.dim() == 1:
-                moved.append(w - LR * adam(self.moments, index, g, step))
-                continue
-            wide = w.shape[-2] <= w.shape[-1]
-            parts = []
-            for expert, (part, own) in enumerate(
-                zip(w.view(-1, *w.shape[-2:]), g.view(-1, *w.shape[-2:]), strict=True)
-            ):
-                update = self.update((index, expert), own if wide else own.T, step)
-                parts.append(part - LR * (update if wide else update.T))
-            moved.append(torch.stack(parts).view(w.shape))
-        return moved
 
 
 def test_twenty_steps_are_those_of_the_float64_twin():

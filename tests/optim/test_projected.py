@@ -50,11 +50,35 @@ def adam(moments: dict, key: object, g: torch.Tensor, step: int) -> torch.Tensor
     return (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
-class Twin:
-    """GaLore, Fira and APOLLO as their papers write them, matrix by matrix, the smaller side on the left."""
+class ByMatrix:
+    """A method as its paper writes it, one matrix at a time, the smaller side on the left: ``update`` is the method."""
+
+    def __init__(self) -> None:
+        self.moments: dict = {}
+
+    def step(self, weights: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        moved = []
+        for index, (w, g) in enumerate(zip(weights, gradients(step - 1), strict=True)):
+            w = w * (1 - LR * DECAY)
+            if w.dim() == 1:
+                moved.append(w - LR * adam(self.moments, index, g, step))
+                continue
+            many_w, many_g = w.reshape(-1, *w.shape[-2:]), g.reshape(-1, *g.shape[-2:])
+            wide = w.shape[-2] <= w.shape[-1]
+            parts = []
+            for expert in range(len(many_w)):
+                update = self.update((index, expert), many_g[expert] if wide else many_g[expert].T, step)
+                parts.append(many_w[expert] - LR * (update if wide else update.T))
+            moved.append(torch.stack(parts).reshape(w.shape))
+        return moved
+
+
+class Twin(ByMatrix):
+    """GaLore, Fira and APOLLO."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.moments, self.basis, self.norms = name, {}, {}, {}
+        super().__init__()
+        self.name, self.basis, self.norms = name, {}, {}
 
     def update(self, key: tuple[int, int], g: torch.Tensor, step: int) -> torch.Tensor:
         """The update of one S x L matrix before the learning rate."""
@@ -87,22 +111,6 @@ class Twin:
             update = update / norm * 1.01 * self.norms[key]
         self.norms[key] = update.norm()
         return update
-
-    def step(self, weights: list[torch.Tensor], step: int) -> list[torch.Tensor]:
-        moved = []
-        for index, (w, g) in enumerate(zip(weights, gradients(step - 1), strict=True)):
-            w = w * (1 - LR * DECAY)
-            if w.dim() == 1:
-                moved.append(w - LR * adam(self.moments, index, g, step))
-                continue
-            many_w, many_g = w.reshape(-1, *w.shape[-2:]), g.reshape(-1, *g.shape[-2:])
-            wide = w.shape[-2] <= w.shape[-1]
-            parts = []
-            for expert in range(len(many_w)):
-                update = self.update((index, expert), many_g[expert] if wide else many_g[expert].T, step)
-                parts.append(many_w[expert] - LR * (update if wide else update.T))
-            moved.append(torch.stack(parts).reshape(w.shape))
-        return moved
 
 
 @pytest.mark.parametrize("name", KINDS)
