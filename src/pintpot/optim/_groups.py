@@ -24,9 +24,11 @@ def projected_names(model: nn.Module) -> frozenset[str]:
 
     They are the weights of linear layers and the three-dimensional expert weights inside the model's blocks;
     embeddings, norms, biases and the head are not. A model without blocks has all its linear layers projected.
+    A module that stands for a linear layer names those of its own in ``projected_parameters``.
     """
     blocks = tuple(name + "." for name in block_names(model))
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear |= {id(p) for m in model.modules() for p in getattr(m, "projected_parameters", ())}
     return frozenset(
         name
         for name, p in model.named_parameters()

@@ -6,14 +6,16 @@ Shapes: each tensor of a list has any shape; its moments have the same one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from pintpot.optim._project import State
-from pintpot.optim._tensors import CHUNK_NUMEL
+from pintpot.optim._tensors import CHUNK_NUMEL, has_values, is_dense
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,16 @@ class Inner(ABC):
 
     Attributes:
         moments: names of the tensors it keeps, each of the size of what it updates unless ``shape_of`` says otherwise.
+        betas: decay rates.
+        eps: added to what is divided by.
     """
 
+    by_matrix: ClassVar[bool] = False
+    """Whether the rule is one for matrices, in bases of its own; Adam then serves all that is none."""
+
     moments: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
     def shape_of(self, moment: str, small: torch.Size, side: int) -> torch.Size:
         """The shape of a moment for a small gradient of a matrix whose smaller side is ``side``."""
@@ -44,6 +53,9 @@ class Inner(ABC):
     def leave(self, state: State, direction: Tensor) -> Tensor:
         """A direction of the rule as the residual sees it: back from the frame of ``enter``."""
         return direction
+
+    def learn_(self, state: State, small: Tensor, moments: Mapping[str, Tensor]) -> None:  # noqa: B027 - most do not
+        """What follows from the small gradient once its update is made; ``moments`` may be changed in place."""
 
     def state_bytes(self, rank: int, long: int, dtype: torch.dtype) -> int:
         """Bytes kept beside the moments for one small matrix (rank, long)."""
@@ -65,6 +77,21 @@ class Inner(ABC):
             steps: for each gradient the number of this update, from 1.
         """
 
+    def step_(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        steps: Sequence[int],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Move parameters in place along the directions of their own gradients, after a decoupled weight decay."""
+        directions = self.directions(gradients, moments, steps)
+        if weight_decay:
+            torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
+        torch._foreach_add_(list(parameters), directions, alpha=-lr)
+
 
 @dataclass(frozen=True)
 class Adam(Inner):
@@ -79,6 +106,10 @@ class Adam(Inner):
     ) -> list[Tensor]:
         """Corrected first moments over the roots of corrected second moments."""
         first, second = list(moments[0]), list(moments[1])
+        if _in_one_pass(gradients, first, second):
+            found = [torch.zeros_like(gradient) for gradient in gradients]
+            self._fused_(found, gradients, (first, second), steps, lr=-1.0, weight_decay=0.0)
+            return found
         beta1, beta2 = self.betas
         torch._foreach_lerp_(first, list(gradients), 1 - beta1)
         torch._foreach_mul_(second, beta2)
@@ -88,6 +119,50 @@ class Adam(Inner):
         torch._foreach_add_(roots, self.eps)
         torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
         return list(torch._foreach_div(first, roots))
+
+    def step_(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        steps: Sequence[int],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """As torch's AdamW; in one pass over the memory where it can be."""
+        if type(self) is Adam and _in_one_pass(parameters, gradients, *moments):
+            self._fused_(parameters, gradients, moments, steps, lr, weight_decay)
+        else:
+            super().step_(parameters, gradients, moments, steps, lr, weight_decay)
+
+    def _fused_(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        steps: Sequence[int],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        if not all(has_values(p) for p in parameters):
+            return
+        adamw(
+            list(parameters),
+            list(gradients),
+            list(moments[0]),
+            list(moments[1]),
+            [],
+            # The function counts this step itself.
+            [torch.tensor(step - 1.0, device=p.device) for step, p in zip(steps, parameters, strict=True)],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -181,3 +256,15 @@ class MomentumAdam(Inner):
         torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
         torch._foreach_reciprocal_(roots)
         return list(roots)
+
+
+def _in_one_pass(*lists: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernel takes these tensors: of one dtype, and each place of the lists laid out alike."""
+    first = lists[0]
+    if not first or first[0].device.type not in ("cpu", "cuda"):
+        return False
+    dtype = first[0].dtype
+    return dtype.is_floating_point and all(
+        len({t.stride() for t in tensors}) == 1 and is_dense(tensors[0]) and {t.dtype for t in tensors} == {dtype}
+        for tensors in zip(*lists, strict=True)
+    )

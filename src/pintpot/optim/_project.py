@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pintpot.kernels import pack, packed_size, unpack
+from pintpot.optim import _products as products
+from pintpot.optim import _sketch as sketch
 from pintpot.optim._tensors import CHUNK_NUMEL, has_values
 
 State = dict[str, Any]
@@ -29,9 +31,11 @@ class Project(ABC):
 
     Attributes:
         rank: rows of the small matrix at most (a matrix with a smaller side keeps that side).
+        exact: large float32 products are not made in bfloat16 (see ``_products``).
     """
 
     rank: int
+    exact: bool = field(default=False, kw_only=True)
 
     carries: ClassVar[bool] = False
     """Whether a refresh changes the moments; else they are not read for it."""
@@ -72,17 +76,65 @@ class Project(ABC):
         """Operations to bring one matrix down and up again."""
         return 4.0 * side * long * self.rank_of(side)
 
+    def refresh_flops(self, side: int, long: int) -> float:
+        """Operations to choose the subspace of one matrix."""
+        return 0.0
+
     def down(self, state: State, gradient: Tensor) -> Tensor:
         """The small gradient, ``(..., R, L)``."""
-        return self.basis(state, gradient).mT @ gradient
+        return products.down(self.basis(state, gradient), gradient, self._narrow(gradient))
 
     def up_(self, target: Tensor, state: State, small: Tensor, factor: float) -> None:
         """Add ``factor`` times the full-size image of ``small`` to ``target``, without a full-size temporary."""
-        basis = self.basis(state, target)
-        if target.dim() == 2:
-            target.addmm_(basis, small, alpha=factor)
-        else:
-            target.baddbmm_(basis.expand(*target.shape[:-2], *basis.shape[-2:]), small, alpha=factor)
+        products.up_(target, self.basis(state, target), small, factor, self._narrow(target))
+
+    def copies_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Bytes of the bfloat16 copies that a large product is made of."""
+        if self.exact or not self.flops(side, long):
+            return 0
+        return products.workspace_bytes(side, long, self.rank_of(side), dtype, torch.device("cpu"))
+
+    def _narrow(self, matrix: Tensor) -> bool:
+        rank = self.rank_of(matrix.shape[-2])
+        return not self.exact and products.is_narrowed(matrix.shape, rank, matrix.dtype, matrix.device)
+
+
+@dataclass(frozen=True)
+class Whole(Project):
+    """Nothing is projected: the way of all matrices through a rule that is one for matrices."""
+
+    rank: int = field(default=0, init=False, repr=False)
+
+    def rank_of(self, side: int) -> int:
+        """The side itself."""
+        return side
+
+    def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
+        """There is nothing to choose."""
+
+    def basis(self, state: State, gradient: Tensor) -> Tensor:
+        """The identity."""
+        return torch.eye(gradient.shape[-2], dtype=gradient.dtype, device=gradient.device)
+
+    def down(self, state: State, gradient: Tensor) -> Tensor:
+        """The gradient itself."""
+        return gradient
+
+    def up_(self, target: Tensor, state: State, small: Tensor, factor: float) -> None:
+        """Add."""
+        target.add_(small, alpha=factor)
+
+    def flops(self, side: int, long: int) -> float:
+        """None."""
+        return 0.0
+
+    def state_bytes(self, side: int, long: int, dtype: torch.dtype) -> int:
+        """Nothing."""
+        return 0
+
+    def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
+        """Nothing."""
+        return 0, 0
 
 
 @dataclass(frozen=True)
@@ -91,13 +143,24 @@ class LeadingSubspace(Project):
 
     Only the vectors of the smaller side are needed, so they are taken from the eigenvectors of the S x S product
     ``G G^T``, summed in float64. That loses nothing against a float32 SVD (it is nearer to the float64 one) and
-    needs neither the vectors of the larger side nor a copy of the gradient. Each vector's sign is fixed, so
-    that moments kept across refreshes meet vectors of the same orientation.
+    needs neither the vectors of the larger side nor a copy of the gradient. Where the product would take far longer
+    than the step, they come from a random sketch of the gradient instead (see ``_sketch``). Each vector's sign is
+    fixed, so that moments kept across refreshes meet vectors of the same orientation.
+
+    Attributes:
+        exact_side: the smaller side up to which the product is made; a rank that leaves little to sketch has it too.
     """
+
+    exact_side: int = field(default=1024, kw_only=True)
 
     def refresh_(self, state: State, gradient: Tensor, seed: int, moments: Mapping[str, Tensor]) -> None:
         """Store the basis ``(..., S, R)``, in the gradient's dtype."""
-        vectors = torch.linalg.eigh(self._gram(gradient))[1].flip(-1)[..., : self.rank_of(gradient.shape[-2])]
+        side = gradient.shape[-2]
+        rank = self.rank_of(side)
+        if self._sketches(side):
+            vectors = sketch.leading_vectors(gradient, rank, seed)
+        else:
+            vectors = torch.linalg.eigh(self._gram(gradient))[1].flip(-1)[..., :rank]
         largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
         state["basis"] = (vectors * largest.sign()).to(gradient.dtype).contiguous()
 
@@ -112,8 +175,19 @@ class LeadingSubspace(Project):
 
     def workspace_numel(self, side: int, long: int) -> tuple[int, int]:
         """At a refresh, in float64: the sum, an addend and a strip of the gradient; then the sum and eigenvectors."""
+        if self._sketches(side):
+            return 0, -(-sketch.workspace_numel(side, long, self.rank_of(side)) // 2)
         summing = 2 * side * side + side * self._gram_width(side, long)
         return 0, max(summing, 3 * side * side + 4 * side * self.rank_of(side))
+
+    def refresh_flops(self, side: int, long: int) -> float:
+        """The product ``G G^T`` and about ``9 S^3`` for its eigenvectors, or a sketch."""
+        if self._sketches(side):
+            return sketch.flops(side, long, self.rank_of(side))
+        return 2.0 * side * side * long + 9.0 * side**3
+
+    def _sketches(self, side: int) -> bool:
+        return side > self.exact_side and side >= 2 * sketch.width_of(self.rank_of(side))
 
     def _gram(self, gradient: Tensor) -> Tensor:
         side, long = gradient.shape[-2:]

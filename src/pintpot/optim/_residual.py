@@ -215,7 +215,14 @@ class MuonRest(Residual):
 
 
 def _norm(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=_norm_dtype(tensor.dtype))
+    dtype = _norm_dtype(tensor.dtype)
+    if over == (-2,) and tensor.stride(-1) == 1 and tensor.numel() > CHUNK_NUMEL:
+        # torch walks down each column of a matrix that lies in rows; rows added up are read in order.
+        squares = tensor.new_zeros((*tensor.shape[:-2], 1, tensor.shape[-1]), dtype=dtype)
+        for rows in tensor.split(max(1, CHUNK_NUMEL * tensor.shape[-2] // tensor.numel()), dim=-2):
+            squares += rows.to(dtype).square().sum(-2, keepdim=True)
+        return squares.sqrt_()
+    return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=dtype)
 
 
 def _growth(small: Small, over: tuple[int, ...]) -> Tensor:

@@ -102,10 +102,9 @@ class BlockStates(States):
             return whole
         start, stop = (0, shape.numel()) if piece is None else (piece.start, piece.stop)
         codes = state[name][self._code_bytes(start) : self._code_bytes(stop)]
-        if self.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(-1)[: stop - start]
         scales = state[name + SCALE][start // self.block : -(-stop // self.block)]
-        numbers = self._table("levels", name, codes.device)[codes.int()]
+        # At 4 bits the levels of both numbers of a byte come from one look-up.
+        numbers = self._table("levels", name, codes.device).index_select(0, codes.int()).view(-1)[: stop - start]
         numbers = self._blocks(numbers).mul_(scales[:, None]).view(-1)[: stop - start]
         return numbers.view(shape) if piece is None else numbers
 
@@ -120,7 +119,7 @@ class BlockStates(States):
         scales = blocks.abs().amax(dim=-1)
         state[name + SCALE][start // self.block : -(-stop // self.block)] = scales
         ratios = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: stop - start]
-        codes = self._table("codes", name, value.device)[_bits_of(ratios)]
+        codes = self._table("codes", name, value.device).index_select(0, _bits_of(ratios))
         if self.bits == 4:
             codes = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
             codes = codes[:, 0] | (codes[:, 1] << 4)
@@ -131,18 +130,25 @@ class BlockStates(States):
         return self._code_bytes(numel) + 4 * -(-numel // self.block)
 
     def _table(self, kind: str, name: str, device: torch.device) -> Tensor:
-        """``levels``, float32 (2 ** bits,), or ``codes``, uint8 (65536,), for a moment."""
+        """``levels``, float32 (256,) or at 4 bits (256, 2), or ``codes``, uint8 (65536,), for a moment."""
         unsigned = name in self.unsigned
         if (kind, unsigned, device) not in self.tables:
             levels = torch.tensor(levels_of(self.bits, unsigned), dtype=torch.float32, device=device)
-            self.tables[kind, unsigned, device] = levels if kind == "levels" else _codes(levels)
+            if kind == "codes":
+                self.tables[kind, unsigned, device] = _codes(levels)
+            elif self.bits == 4:
+                high, low = torch.meshgrid(levels, levels, indexing="ij")
+                self.tables[kind, unsigned, device] = torch.stack((low, high), dim=-1).view(-1, 2)
+            else:
+                self.tables[kind, unsigned, device] = levels
         return self.tables[kind, unsigned, device]
 
     def _code_bytes(self, numel: int) -> int:
         return numel if self.bits == 8 else -(-numel // 2)
 
     def _blocks(self, flat: Tensor) -> Tensor:
-        return functional.pad(flat, (0, -flat.numel() % self.block)).view(-1, self.block)
+        missing = -flat.numel() % self.block
+        return (functional.pad(flat, (0, missing)) if missing else flat).view(-1, self.block)
 
 
 def _pieces(numel: int) -> Iterator[slice]:
@@ -152,7 +158,7 @@ def _pieces(numel: int) -> Iterator[slice]:
 
 STATE_BITS = (32, 8, 4)
 """The kinds of states; 32 stands for the parameter's own dtype."""
-TABLE_BYTES = 2 * ((1 << 16) + 4 * 256)
+TABLE_BYTES = 2 * ((1 << 16) + 8 * 256)
 """Bytes of an optimizer's tables at the most: codes and levels of signed and unsigned moments."""
 
 

@@ -16,6 +16,16 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def oriented(matrix: Tensor) -> Tensor:
     """A view with the smaller of the last two sides first: ``(..., S, L)`` with ``S <= L``."""
     return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT

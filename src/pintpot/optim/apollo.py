@@ -14,6 +14,7 @@ Not when:  adapters train the model (there is little state to save).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
@@ -52,6 +53,9 @@ class ApolloRule(ProjectedMethod):
         scale: factor on the learning rate of projected matrices (alpha).
         seed: from which the projections are drawn.
     """
+
+    usual_pretraining_rate: ClassVar[float | None] = 1e-2
+    """The authors' scripts for C4 (scripts/pretrain_c4), from 60M to 350M parameters."""
 
     rank: int = 256
     update_gap: int = 200

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
@@ -45,6 +46,9 @@ class ApolloMiniRule(ProjectedMethod):
         scale: factor on the learning rate of projected matrices (alpha, the root of 128).
         seed: from which the projections are drawn.
     """
+
+    usual_pretraining_rate: ClassVar[float | None] = 1e-2
+    """The authors' scripts for C4 (scripts/pretrain_c4), from 60M to 7B parameters."""
 
     update_gap: int = 200
     scale: float = 128**0.5

@@ -42,6 +42,7 @@ from pintpot.optim._residual import MuonRest, Residual
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
     needs=("dense_weights", "matrix_gradients"),
+    removes=("any_rule",),
     fidelity="Newton-Schulz in the parameter's dtype; fused matrices are not split",
 )
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class CosmosRule(ProjectedMethod):
 
     def project(self) -> Project:
         """Onto the leading eigenspace, moved at each step."""
-        return PowerSubspace(self.rank, decay=self.decay)
+        # What is left outside is made orthogonal, which would magnify the rounding of what was taken out.
+        return PowerSubspace(self.rank, exact=True, decay=self.decay)
 
     def inner(self, betas: tuple[float, float], eps: float) -> Inner:
         """Adam's rule for the momentum inside."""

@@ -39,6 +39,7 @@ from pintpot.optim._residual import Drop, Residual
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
     needs=("dense_weights", "matrix_gradients"),
+    removes=("moments_in_place",),
     claims=(
         Claim(
             "validation perplexity",

@@ -42,6 +42,7 @@ from pintpot.optim._residual import Residual, SignRest
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
     needs=("dense_weights", "matrix_gradients"),
+    removes=("moments_in_place",),
     fidelity="columns of the smaller side (the paper also draws whole blocks or single entries)",
 )
 @dataclass(frozen=True, kw_only=True)

@@ -2,19 +2,22 @@
 
 Source:    Zhao et al. 2024, arXiv:2403.03507, algorithm 2 (eq. 5 for the update, eq. 12-13 for the subspace).
 Differs:   the subspace comes from the eigenvectors of ``G G^T`` in float64 instead of a float32 SVD (the same
-           vectors, more exactly, about five times faster), with fixed signs; the weight decay comes before the
-           update, as in torch's AdamW; the learning rate is not warmed up here.
+           vectors, more exactly, about five times faster), with fixed signs; where the smaller side is above
+           ``exact_side`` and more than twice the rank, from a randomised decomposition (Halko et al. 2011,
+           arXiv:0909.4061, algorithm 4.4 with two power iterations and ten columns more) in float32; the weight decay
+           comes before the update, as in torch's AdamW; the learning rate is not warmed up here.
 Saves:     optimizer, real: ``S R + 2 R L`` elements a matrix instead of ``2 S L``. No full-size temporary; each
-           refresh holds a few S x S matrices in float64.
+           refresh holds a few S x S matrices in float64, or of a large matrix a few L x R in float32.
 Shapes:    matrix S x L (smaller side first), basis S x R, moments R x L.
 Composes:  any method of another slot that leaves full gradients of the weight matrices.
 Use when:  AdamW's states do not fit, and the update should follow Adam closely.
-Not when:  the matrices are so large that a refresh takes minutes, or steps are few (APOLLO needs no refresh).
+Not when:  steps are few (APOLLO needs no refresh).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
@@ -43,7 +46,8 @@ from pintpot.optim._residual import Drop, Residual
         ),
         Claim("optimizer bytes saved (fraction)", 0.655, versus="AdamW", at="Llama pretraining", where="abstract"),
     ),
-    fidelity="subspace by a float64 eigendecomposition of G G^T, with fixed signs, instead of a float32 SVD",
+    fidelity="subspace by a float64 eigendecomposition of G G^T, with fixed signs, instead of a float32 SVD;"
+    " by a randomised one for sides above 1,024",
 )
 @dataclass(frozen=True, kw_only=True)
 class GaLoreRule(ProjectedMethod):
@@ -53,15 +57,20 @@ class GaLoreRule(ProjectedMethod):
         rank: rows of the projected gradient.
         update_gap: steps between refreshes of the subspace (T).
         scale: factor on the learning rate of projected matrices (alpha).
+        exact_side: smaller side up to which the subspace is exact; that of larger matrices comes from a random sketch.
     """
+
+    usual_pretraining_rate: ClassVar[float | None] = 1e-2
+    """The authors' scripts for C4 (jiaweizzhao/GaLore, scripts/benchmark_c4), from 60M to 1B parameters."""
 
     rank: int = 128
     update_gap: int = 200
     scale: float = 0.25
+    exact_side: int = 1024
 
     def project(self) -> Project:
         """Onto leading singular vectors."""
-        return LeadingSubspace(self.rank)
+        return LeadingSubspace(self.rank, exact_side=self.exact_side)
 
     def residual(self) -> Residual:
         """Dropped."""
@@ -71,10 +80,6 @@ class GaLoreRule(ProjectedMethod):
     def refresh_steps(self) -> int:
         """The update gap."""
         return self.update_gap
-
-    def refresh_flops(self, side: int, long: int) -> float:
-        """The product ``G G^T`` and about ``9 S^3`` for its eigenvectors."""
-        return 2.0 * side * side * long + 9.0 * side**3
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """Table 2 of the paper: perplexity 2.4 % above AdamW at 60M, 0.5 % at 1B; more where the rank is lower."""

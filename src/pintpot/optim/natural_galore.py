@@ -41,6 +41,7 @@ from pintpot.optim.galore import GaLoreRule
     accounts=(Account.OPTIMIZER,),
     jobs=TRAINING,
     needs=("dense_weights", "matrix_gradients"),
+    removes=("any_rule",),
     claims=(
         Claim("average score (%)", 86.05, versus="full fine-tuning 86.28", at="RoBERTa, GLUE", where="abstract"),
         Claim("accuracy (%)", 83.09, versus="16-bit LoRA 80.06", at="TinyLlama 1.1B, TinyAgent", where="abstract"),

@@ -92,10 +92,6 @@ class OwLoreRule(ProjectedMethod):
         """The update gap."""
         return self.update_gap
 
-    def refresh_flops(self, side: int, long: int) -> float:
-        """The product ``G G^T`` and about ``9 S^3`` for its eigenvectors."""
-        return 2.0 * side * side * long + 9.0 * side**3
-
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """Fine-tuning: at or above full training by the abstract; pretraining is not claimed."""
         return 0.02 if workload.job == "finetune" else 0.3

@@ -53,6 +53,7 @@ class QGaLoreRule(GaLoreRule):
         rank: rows of the projected gradient.
         update_gap: steps between refreshes of the subspace at first (T).
         scale: factor on the learning rate of projected matrices (alpha).
+        exact_side: smaller side up to which the subspace is exact.
         group_size: elements of the basis that share a scale.
         cosine_threshold: mean cosine of successive leading vectors from which the subspace counts as still.
         queue_refreshes: refreshes over which the mean is taken.
@@ -68,7 +69,14 @@ class QGaLoreRule(GaLoreRule):
 
     def project(self) -> Project:
         """Onto leading singular vectors, kept in 4 bits."""
-        return PackedSubspace(self.rank, self.group_size, self.cosine_threshold, self.queue_refreshes, self.gap_growth)
+        return PackedSubspace(
+            self.rank,
+            self.group_size,
+            self.cosine_threshold,
+            self.queue_refreshes,
+            self.gap_growth,
+            exact_side=self.exact_side,
+        )
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """As GaLore, with a margin for the rounding and the older subspaces."""
