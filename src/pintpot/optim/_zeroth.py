@@ -35,6 +35,9 @@ Measure = Callable[[], float]
 Slope = tuple[int, float]
 """A direction and how fast the loss rises along it: their products summed are the estimate of the gradient."""
 
+Move = tuple[float, dict[int, float]]
+"""What is kept of a parameter (1 but for decay), and how far it goes along each direction."""
+
 NOISE_FLOPS = 350
 """What drawing one normal number takes, in operations of a matrix product that take as long on a processor core (3.4 ns
 and 103 GFLOP/s, measured)."""
@@ -166,7 +169,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            _flat(p)
+            self._check_layout(p)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | Tensor:  # type: ignore[override]
@@ -253,20 +256,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _move_(self, shifts: Sequence[Slope], slopes: Sequence[Slope] | None = None) -> None:
         """One pass over all parameters: add shifts along directions, and descend by slopes where there are any."""
         for group, number, p in self.trained():
-            kept = 1 - group["lr"] * group["weight_decay"] if slopes is not None else 1.0
-            amounts: dict[int, float] = {}
-            for direction, distance in shifts:
-                amounts[direction] = amounts.get(direction, 0.0) + kept * distance
-            for direction, slope in slopes or ():
-                amounts[direction] = amounts.get(direction, 0.0) - group["lr"] * slope
-            for place, piece in pieces(p):
-                value = widened(piece)
-                if kept != 1:
-                    value.mul_(kept)
-                for direction, amount in amounts.items():
-                    value.add_(noise(piece, mix_seed(direction, number, place)).mul_(amount))
-                if value is not piece:
-                    piece.copy_(value)
+            move_(p, number, way(group, shifts, slopes))
 
     def trained(self) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
         """The trainable parameters with their groups and numbers."""
@@ -276,6 +266,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if p.requires_grad:
                     yield group, number, p.detach()
                 number += 1
+
+    def _check_layout(self, p: Tensor) -> None:
+        """Refuse a parameter that has no order of memory."""
+        _flat(p)
 
     def _draws(self, wanted: int) -> range:
         """Numbers of the directions of a step; on fake tensors two stand for all."""
@@ -306,6 +300,30 @@ def evaluating(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def way(group: dict[str, Any], shifts: Sequence[Slope], slopes: Sequence[Slope] | None = None) -> Move:
+    """The move of a group's parameters that adds shifts along directions, and descends by slopes if there are any."""
+    kept = 1 - group["lr"] * group["weight_decay"] if slopes is not None else 1.0
+    amounts: dict[int, float] = {}
+    for direction, distance in shifts:
+        amounts[direction] = amounts.get(direction, 0.0) + kept * distance
+    for direction, slope in slopes or ():
+        amounts[direction] = amounts.get(direction, 0.0) - group["lr"] * slope
+    return kept, amounts
+
+
+def move_(p: Tensor, number: int, move: Move) -> None:
+    """Make a move of one parameter, by whose number its share of each direction is drawn."""
+    kept, amounts = move
+    for place, piece in pieces(p):
+        value = widened(piece)
+        if kept != 1:
+            value.mul_(kept)
+        for direction, amount in amounts.items():
+            value.add_(noise(piece, mix_seed(direction, number, place)).mul_(amount))
+        if value is not piece:
+            piece.copy_(value)
 
 
 def _flat(p: Tensor) -> Tensor:
