@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint bench docs reference clean
+.PHONY: help demo test lint bench bench-optim docs reference clean
 
 help:
 	@echo "make demo    fit a model into a memory budget it does not fit into, and see it measured"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   run the benchmarks that fill results/ (long)"
+	@echo "make bench-optim  only the optimizers' (goes on where it stopped)"
 	@echo "make docs    write the generated technique tables in docs/"
 	@echo "make clean   remove the environment and caches"
 
@@ -46,6 +47,9 @@ bench: $(STAMP)
 	@for file in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$file .py); echo "==> benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-optim: $(STAMP)
+	@$(BIN)/python -m benchmarks.optim
 
 docs: $(STAMP)
 	@$(BIN)/python docs/generate.py

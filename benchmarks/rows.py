@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import csv
 import datetime
+import fcntl
+import io
+import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from pintpot.core.files import write_atomic
 
 COLUMNS = [
     *("technique", "config", "model", "data", "context_tokens", "seed", "metric", "unit", "value"),
@@ -19,7 +26,7 @@ COLUMNS = [
 KEY = ("technique", "config", "model", "data", "context_tokens", "seed", "metric")
 """Columns that say what was measured; a new row replaces the old one that agrees in all of them."""
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(os.environ.get("PINTPOT_RESULTS", Path(__file__).parent.parent / "results"))
 
 
 def _processor() -> str:
@@ -45,18 +52,39 @@ def stamp(row: dict) -> dict:
     }
 
 
-def append_rows(wing: str, rows: list[dict]) -> Path:
-    """Write rows into the wing's results, in the place of older rows that measured the same."""
+def read_rows(wing: str) -> list[dict]:
+    """The rows of a wing's results; none where there is no file yet."""
     file = RESULTS / f"{wing}.csv"
-    old: list[dict] = []
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as handle:
-            old = list(csv.DictReader(handle))
-    fresh = {tuple(str(row.get(k, "")) for k in KEY) for row in rows}
-    kept = [row for row in old if tuple(row[k] for k in KEY) not in fresh]
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def append_rows(wing: str, rows: list[dict]) -> Path:
+    """Write rows into the wing's results, in the place of older rows that measured the same.
+
+    The file is replaced as a whole, and two benchmarks that run at once do not lose each other's rows.
+    """
+    RESULTS.mkdir(exist_ok=True, parents=True)
+    file = RESULTS / f"{wing}.csv"
+    with _alone():
+        fresh = {tuple(str(row.get(k, "")) for k in KEY) for row in rows}
+        kept = [row for row in read_rows(wing) if tuple(row[k] for k in KEY) not in fresh]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+        write_atomic(file, text.getvalue())
     return file
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the results folder against other benchmarks."""
+    handle = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

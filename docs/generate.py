@@ -90,7 +90,10 @@ def wing_page(wing: str) -> str:
     """The page of one wing: its algebra, then its techniques."""
     base = importlib.import_module(f"pintpot.{wing}._base")
     names = [entry["name"] for entry in listing(wing)]
-    parts = [f"# {TITLES[wing]}", inspect.cleandoc(base.__doc__ or ""), *[technique_text(name) for name in names]]
+    parts = [f"# {TITLES[wing]}", inspect.cleandoc(base.__doc__ or "")]
+    if (ROOT / "docs" / f"{wing}-benchmark.md").is_file():
+        parts.append(f"How the figures below were measured: [{wing}-benchmark.md]({wing}-benchmark.md).")
+    parts += [technique_text(name) for name in names]
     return "\n\n".join(parts) + "\n"
 
 
