@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +51,17 @@ def write_model(
     if tokenizer:
         byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tensors, bit for bit."""
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def write_lines(file: Path, entries: list[object]) -> Path:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pintpot.jobs.generator import GenerateSettings
     from pintpot.jobs.load import load
     from pintpot.jobs.plan import plan
-    from pintpot.jobs.pretrain import pretrain
+    from pintpot.jobs.pretrain import PretrainSettings, pretrain
+    from pintpot.jobs.pretrain_recipe import pretrain_recipe
     from pintpot.jobs.sampling import Sampling
     from pintpot.jobs.simulate import simulate
     from pintpot.ledger.measure import measure
@@ -50,12 +51,14 @@ _HOME = {
     "compress": "jobs.compress",
     "FinetuneSettings": "jobs.finetune",
     "GenerateSettings": "jobs.generator",
+    "PretrainSettings": "jobs.pretrain",
     "Sampling": "jobs.sampling",
     "finetune": "jobs.finetune",
     "generate": "jobs.generate",
     "load": "jobs.load",
     "plan": "jobs.plan",
     "pretrain": "jobs.pretrain",
+    "pretrain_recipe": "jobs.pretrain_recipe",
     "simulate": "jobs.simulate",
     "measure": "ledger.measure",
     "read_plan": "planner.plan_file",
@@ -75,6 +78,7 @@ __all__ = [
     "PintpotError",
     "Plan",
     "Pretrain",
+    "PretrainSettings",
     "Sampling",
     "Tier",
     "Wish",
@@ -87,6 +91,7 @@ __all__ = [
     "measure",
     "plan",
     "pretrain",
+    "pretrain_recipe",
     "read_plan",
     "simulate",
     "techniques",

@@ -79,6 +79,30 @@ def test_finetune_says_what_it_gave(tmp_path, llama):
     assert figures["held_out_loss_after"] > 0
 
 
+def test_pretrain_makes_a_model_of_a_configuration_and_text(tmp_path, llama):
+    data = write_lines(tmp_path / "data.jsonl", texts(12))
+    options = ("--tokens", 16, "--steps", 2, "--techniques", "adamw-8bit")
+    result = run("pretrain", llama / "config.json", data, tmp_path / "out", *options, "--json")
+    figures = json.loads(result.stdout)["figures"]
+    assert figures["steps"] == 2
+    assert figures["techniques"] == "adamw-8bit"
+    assert run("generate", tmp_path / "out", "-p", "abc", "-n", 2, "-q", "--techniques", "none").stdout
+
+
+def test_pretrain_says_what_goes_with_a_configuration_and_what_with_a_recipe(tmp_path, llama):
+    cases = [
+        ((llama, tmp_path / "out"), "text to train"),
+        ((tmp_path / "a.yaml", tmp_path / "out"), "cannot read the recipe"),
+        ((tmp_path / "a.yaml", tmp_path / "out", "--batch", 2, "--lr", 0.1), "--batch, --learning-rate cannot"),
+        ((tmp_path / "a.yaml", tmp_path / "data", tmp_path / "out"), "DATA cannot"),
+    ]
+    for arguments, says in cases:
+        result = runner.invoke(app, ["pretrain", *map(str, arguments)])
+        assert result.exit_code == 2
+        assert says in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sizes_of_another_job_are_refused(llama):
     result = runner.invoke(app, ["plan", str(llama), "--job", "generate", "--steps", "3"])
     assert result.exit_code == 2

@@ -10,12 +10,15 @@ from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account, Ledger, Moment, Tier
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
+from pintpot.core.slots import conflict
 from pintpot.core.workload import Finetune, Generate, Pretrain
 from pintpot.jobs.simulate import simulate
-from pintpot.jobs.training_state import flatten_state, unflatten_state
+from pintpot.jobs.training_state import Position, flatten_state, load_checkpoint, save_checkpoint, unflatten_state
 from pintpot.ledger.predict import baseline
+from pintpot.optim._adamw import AdamWRule
 from pintpot.optim._base import OptimExtra, OptimMethod, ProjectedMethod
 from pintpot.optim._groups import projected_names, split_shape
+from pintpot.optim._parameterize import Parameterization
 from pintpot.optim._zeroth import GradientFreeMethod
 from tests.architectures import ATTENTION, tiny_config, tiny_model
 
@@ -140,16 +143,24 @@ def test_embeddings_norms_and_head_follow_the_plain_rule(name):
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_extra_goes_with_every_rule(name, extra):
+    kind = KINDS[extra]
     model = tiny_model("llama")
-    optimizer = method(name).optimizer(model, lr=1e-2, **KINDS[extra]().extras)
-    losses = train(model, optimizer, 4)
+    if kind.facts.part == "rule" and conflict(method(name), kind()):
+        with pytest.raises(CompositionError):
+            method(name).optimizer(model, lr=1e-2, **kind().extras)
+        return
+    optimizer = method(name).optimizer(model, lr=2e-3 * min(10.0, kind.rate_factor), **kind().extras)
+    losses = train(model, optimizer, 5)
     assert losses[-1] < losses[0]
-    if KINDS[extra].facts.part == "states":
+    if kind.facts.part == "states":
         model = tiny_model("llama")
         whole = method(name).optimizer(model, lr=1e-2, state_bits=32)
         train(model, whole, 1)
         assert held_bytes(optimizer) < 0.6 * held_bytes(whole)
-    else:
+    elif kind.facts.part == "rule":
+        shape = ModelShape.from_config(tiny_config("llama"), torch.float32)
+        assert held_bytes(optimizer) == method(name).state_bytes(shape, kind().rule())
+    elif kind.facts.part == "release":
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -244,4 +255,87 @@ def test_gradient_free_rules_refuse_what_acts_on_gradients(name, extra):
 
 
 def test_every_technique_is_a_rule_or_an_extra():
-    assert all(issubclass(kind, OptimMethod | OptimExtra) for kind in KINDS.values())
+    assert all(issubclass(kind, OptimMethod | OptimExtra | Parameterization) for kind in KINDS.values())
+
+
+PARAMETERS = tuple(name for name, kind in KINDS.items() if issubclass(kind, Parameterization))
+FEW = {"rank": 8, "restart_gap": 3, "interval_steps": 2, "density": 0.1, "sparsity": 0.1, "projected_rank": 4}
+
+
+def parameterized(name: str, model, lr: float = 1e-2, **extras):
+    kind = KINDS[name]
+    made = kind.build({key: value for key, value in FEW.items() if key in kind.__dataclass_fields__})
+    made.prepare_(model, seed=3)
+    optimizer = (made.rule() or AdamWRule()).optimizer(model, lr=lr, **extras)
+    made.follow_(model, optimizer)
+    return made, optimizer
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", ATTENTION)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameterized_models_train_and_become_ordinary_again(name, architecture):
+    plain, model, merged = tiny_model(architecture), tiny_model(architecture), tiny_model(architecture)
+    made, _ = parameterized(name, merged)
+    made.finish_(merged)
+    made, optimizer = parameterized(name, model)
+    torch.testing.assert_close(logits_of(model), logits_of(merged))
+    shape = ModelShape.from_config(tiny_config(architecture), torch.float32)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert made.sizes(shape).held == held - sum(b.nbytes for b in plain.buffers())
+    losses = train(model.train(), optimizer, 5)
+    assert losses[-1] < losses[0]
+    assert held_bytes(optimizer) == made.state_bytes(shape)
+    expected = logits_of(model)
+    made.finish_(model)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameterized_same_seed_same_run_and_checkpoint_round_trip(name, tmp_path):
+    runs = []
+    for resume in (False, False, True):
+        model = tiny_model("llama")
+        _, optimizer = parameterized(name, model)
+        losses = train(model, optimizer, 4)
+        if resume:
+            position = Position(step=4, curve=[], run={})
+            folder = save_checkpoint(tmp_path, model, optimizer, position, trainable_only=True, keep=1)
+            model = tiny_model("llama")
+            _, optimizer = parameterized(name, model)
+            load_checkpoint(folder, model, optimizer, {}, trainable_only=True)
+        torch.randn(5)  # The global generator plays no part.
+        runs.append(losses + train(model, optimizer, 4))
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("extra", [name for name in EXTRAS if KINDS[name].facts.part in ("states", "release")])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameterized_models_go_with_every_state_format_and_release(name, extra):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    _, optimizer = parameterized(name, model, **KINDS[extra]().extras)
+    losses = train(model, optimizer, 5)
+    assert losses[-1] < losses[0]
+    if KINDS[extra].facts.part == "release":
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameterized_planner_options_are_distinct_and_sound(name):
+    shape = ModelShape.from_config(tiny_config("llama"), torch.float32)
+    options = list(KINDS[name].options(shape, Pretrain()))
+    assert len(set(options)) == len(options)
+    plain = baseline(shape, Pretrain(batch=1, tokens=16))
+    for option in options:
+        option.check()
+        assert KINDS[name].build(option.parameters()) == option
+        assert option.state_bytes(shape) < 2 * shape.weight_bytes
+        assert option.risk(shape, Pretrain()) > 0
+        assert option.predict(plain, shape, Generate()) == plain
+        assert option.predict(plain, shape, Pretrain(batch=1, tokens=16)).peak_bytes() > 0

@@ -10,15 +10,15 @@ import time
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pintpot.core.errors import BudgetError, CompositionError, DataError, OutputExists, PlanError
+from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Budget
 from pintpot.jobs.choose import Wish
 from pintpot.jobs.finetune import FinetuneSettings, finetune
 from pintpot.planner.plan_file import read_plan
-from tests.folders import texts, write_lines, write_model
+from tests.folders import same_weights, texts, weights, write_lines, write_model
 
 SETTINGS = FinetuneSettings(tokens=32, batch=2, steps=12, learning_rate=1e-2, validation_fraction=0.2)
 
@@ -33,22 +33,13 @@ def data(tmp_path_factory):
     return write_lines(tmp_path_factory.mktemp("data") / "data.jsonl", texts(40))
 
 
-def weights(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(first, second) -> bool:
-    a, b = weights(first), weights(second)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_full_fine_tuning_learns_and_transformers_loads_the_result(tmp_path, llama, data):
     out = tmp_path / "out"
     result = finetune(llama, data, out, settings=SETTINGS, measure=True, progress=False)
     assert result.loss_after < 0.8 * result.loss_before
     model = AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).decode(AutoTokenizer.from_pretrained(out)("ab")["input_ids"]) == "ab"
-    assert not same(out, llama)
+    assert not same_weights(out, llama)
     assert model.dtype == torch.float32
     assert read_plan(out / "plan.yaml").workload.steps == 12
     ledgers = json.loads((out / "ledger.json").read_text())
@@ -119,7 +110,7 @@ def test_checkpointing_changes_memory_and_nothing_else(tmp_path, llama, data):
     plain = finetune(llama, data, tmp_path / "a", settings=SETTINGS, measure=True, progress=False)
     wish = Wish(techniques="sublinear-checkpointing")
     less = finetune(llama, data, tmp_path / "b", settings=SETTINGS, wish=wish, measure=True, progress=False)
-    assert same(tmp_path / "a", tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
     assert less.measured.peak_of("activations") < plain.measured.peak_of("activations")
 
 
@@ -133,15 +124,27 @@ def test_a_budget_is_kept(tmp_path, llama, data):
     assert fitted.loss_after < fitted.loss_before
 
 
+def test_every_weight_is_trained_where_the_states_of_adamw_do_not_fit(tmp_path, data):
+    wide = write_model(tmp_path / "wide", intermediate_size=512)
+    limit = 3 * ModelShape.from_folder(wide).weight_bytes  # the weights and AdamW's states, and nothing else
+    settings = FinetuneSettings(**{**vars(SETTINGS), "tokens": 16})
+    wish = Wish(budget=Budget(device=limit), exclude=("lora",))
+    result = finetune(wide, data, tmp_path / "out", settings=settings, wish=wish, measure=True, progress=False)
+    assert result.plan.in_slot("optimizer")
+    assert result.measured.peak_bytes() <= limit
+    assert result.measured.peak_of("optimizer") < limit / 3
+    assert result.loss_after < result.loss_before
+    before, after = weights(wide), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+
+
 RUN = """
-import sys, time
-from pathlib import Path
+import sys
 import torch
 torch.set_num_threads(1)
-from pintpot.jobs import training
 from pintpot.jobs.choose import Wish
 from pintpot.jobs.finetune import FinetuneSettings, finetune
-settings = FinetuneSettings(tokens=32, batch=2, steps=400, learning_rate=1e-3, checkpoint_every=5)
+settings = FinetuneSettings(tokens=32, batch=2, steps=60, learning_rate=1e-3, checkpoint_every=5)
 finetune(sys.argv[1], sys.argv[2], sys.argv[3], settings=settings, wish=Wish(techniques=sys.argv[4]), progress=False)
 """
 
@@ -150,23 +153,31 @@ def start(llama, data, out, techniques):
     return subprocess.Popen([sys.executable, "-c", RUN, llama, data, out, techniques], stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, llama, data, number):
-    settings = FinetuneSettings(tokens=32, batch=2, steps=400, learning_rate=1e-3, checkpoint_every=5)
-    wish = Wish(techniques="lora(rank=4)")
+@pytest.mark.parametrize(
+    ("number", "techniques"),
+    [
+        (signal.SIGKILL, "lora(rank=4)"),
+        (signal.SIGTERM, "lora(rank=4)"),
+        (signal.SIGKILL, "galore(rank=8, update_gap=20)*adamw-8bit"),
+    ],
+)
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, llama, data, number, techniques):
+    settings = FinetuneSettings(tokens=32, batch=2, steps=60, learning_rate=1e-3, checkpoint_every=5)
+    wish = Wish(techniques=techniques)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    process = start(llama, data, out, wish.techniques)
+    process = start(llama, data, out, techniques)
     deadline = time.monotonic() + 200
     while not list(partial.glob("checkpoints/step-*[0-9]")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.05)
+        time.sleep(0.01)
     os.kill(process.pid, number)
     process.wait(60)
     assert partial.is_dir()
     assert not out.exists()
-    finetune(llama, data, out, settings=settings, wish=wish, progress=False)
-    finetune(llama, data, tmp_path / "straight", settings=settings, wish=wish, progress=False)
-    assert same(out, tmp_path / "straight")
+    resumed = finetune(llama, data, out, settings=settings, wish=wish, progress=False)
+    straight = finetune(llama, data, tmp_path / "straight", settings=settings, wish=wish, progress=False)
+    assert [row["loss"] for row in resumed.training.curve] == [row["loss"] for row in straight.training.curve]
+    assert same_weights(out, tmp_path / "straight")
     assert not partial.exists()
 
 

@@ -36,6 +36,21 @@ NewTokens = Annotated[int | None, typer.Option("--new-tokens", help="Tokens to g
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Length of a training sequence (training).")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Updates (training).")]
 
+SequenceTokens = Annotated[int, typer.Option("--tokens", help="Length of the packed sequences.")]
+Sequences = Annotated[int, typer.Option("--batch", help="Sequences in each pass.")]
+Accumulate = Annotated[int, typer.Option("--accumulate", help="Passes in one update.")]
+Updates = Annotated[int | None, typer.Option("--steps", help="Updates; by --epochs if absent.")]
+Epochs = Annotated[float, typer.Option("--epochs", help="How often each text is seen.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", "--lr", help="The highest, after warm-up; by default the optimizer's usual."),
+]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Decoupled from the gradient.")]
+Validation = Annotated[float, typer.Option("--validation", help="Share of the documents held out.")]
+ValidateEvery = Annotated[int, typer.Option("--validate-every", help="Updates between validations.")]
+CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Updates between checkpoints.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Show measured beside predicted memory.")]
+
 
 def joined(techniques: str | None, cache: str | None) -> str | None:
     """One expression from the general one and that of the cache; ``None`` when neither is given."""

@@ -13,7 +13,7 @@ from pintpot.core.units import format_bytes
 
 if TYPE_CHECKING:
     from pintpot.jobs.demo import Part
-    from pintpot.jobs.finetune import FinetuneResult
+    from pintpot.jobs.text_training import TextResult
     from pintpot.jobs.training import TrainResult
 
 
@@ -62,8 +62,8 @@ def _shown(name: str, value: Any) -> str:
     return str(value)
 
 
-def finetune_record(result: FinetuneResult) -> dict[str, Any]:
-    """What fine-tuning gave, JSON-able: ``figures`` for people, ``ledger`` for both."""
+def text_record(result: TextResult) -> dict[str, Any]:
+    """What training on text gave, JSON-able: ``figures`` for people, ``ledger`` for both."""
     from pintpot.ledger.report import to_json
 
     figures = {

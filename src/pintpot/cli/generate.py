@@ -35,7 +35,7 @@ def command(
     techniques: _options.Techniques = None,
     cache: _options.CacheExpression = None,
     plan: _options.PlanFile = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Show measured beside predicted memory.")] = False,
+    measure: _options.Measure = False,
     seed: _options.Seed = 0,
     json: _options.Json = False,
     quiet: _options.Quiet = False,

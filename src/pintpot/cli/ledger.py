@@ -13,7 +13,7 @@ from pintpot.cli._output import facts, notes, print_json
 
 def command(
     model: _options.Model,
-    job: Annotated[str, typer.Option("--job", help="generate or finetune.")] = "generate",
+    job: Annotated[str, typer.Option("--job", help="generate, finetune or pretrain.")] = "generate",
     batch: _options.Batch = None,
     prompt_tokens: _options.PromptTokens = None,
     new_tokens: _options.NewTokens = None,

@@ -82,6 +82,15 @@ def new_folder(path: str | Path, *, resume: bool = False) -> Iterator[Path]:
     fsync_folder(target.parent)
 
 
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """The path of a folder that may be made in the block, and is removed at its end."""
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def require_disk(path: str | Path, size: int) -> None:
     """Refuse to start what the disk cannot hold.
 

@@ -10,7 +10,7 @@ import json
 import logging
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +189,7 @@ def open_model(path: str | Path, *, tokenizer: bool = False, match: bool = True)
         raise ModelFolderError(f"{folder} holds no tensors", hint="download or save the model again")
     if pickles:
         logger.warning("%s: not opened, because pickled files can run code: %s", folder, ", ".join(pickles))
-    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if tokenizer and not has_tokenizer(folder):
         raise ModelFolderError(
             f"{folder} has no tokenizer",
             hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
@@ -201,6 +201,11 @@ def open_model(path: str | Path, *, tokenizer: bool = False, match: bool = True)
 
         map_parameters(opened, opened.shape().build("meta"))
     return opened
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _weight_files(folder: Path, pickles: tuple[str, ...]) -> dict[Path, set[str]]:
@@ -268,6 +273,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if end != size:
         raise _corrupt(file, f"it has {size} bytes and its header calls for {end}")
     return entries
+
+
+def header_of(entries: Iterable[TensorEntry]) -> bytes:
+    """The header of a safetensors file of these tensors, whose bytes follow one another in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        span = [end, end + entry.nbytes]
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": span}
+        end = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _entry(file: Path, name: str, data: Mapping[str, Any], start: int) -> TensorEntry:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from pintpot.core.errors import ModelFolderError, UnsupportedModel
 
 _NOT_ARCHITECTURE = {
     "_name_or_path",
+    "architectures",
     "transformers_version",
     "dtype",
     "torch_dtype",
@@ -87,7 +90,7 @@ class ModelShape:
 
         Raises:
             ModelFolderError: when there is no readable configuration.
-            UnsupportedModel: when the architecture is unknown to transformers.
+            UnsupportedModel: when the architecture is unknown to transformers, or a value makes no sense.
         """
         path = Path(folder)
         if not path.exists():
@@ -106,6 +109,11 @@ class ModelShape:
             ) from error
         try:
             config = AutoConfig.for_model(**data) if "model_type" in data else None
+        except (ArithmeticError, AttributeError, StrictDataclassError) as error:
+            raise UnsupportedModel(
+                f"{file} does not make sense: {' '.join(str(error).split())}",
+                hint="compare it with the configuration of a model of its kind",
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             config = None
             cause = f": {error}".splitlines()[0]
@@ -127,7 +135,8 @@ class ModelShape:
         kind: Any = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
         try:
             with torch.device(device):
-                model: PreTrainedModel = kind.from_config(self.config, dtype=self.dtype)
+                # A copy, because transformers writes the dtype into the configuration that it is given.
+                model: PreTrainedModel = kind.from_config(copy.deepcopy(self.config), dtype=self.dtype)
         except ValueError as error:
             raise UnsupportedModel(
                 f"{type(self.config).__name__} is not a language model that Pintpot can run",
@@ -168,6 +177,12 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Bytes of the dense weights."""
         return sum(p.nbytes for p in self.parameters)
+
+    def with_parameters(self, parameters: Iterable[ParameterShape]) -> ModelShape:
+        """The same model with these parameters in place of its own."""
+        made = replace(self)
+        made.__dict__["parameters"] = tuple(parameters)
+        return made
 
     def linears(self) -> Iterator[ParameterShape]:
         """The weight matrices of the linear layers inside the blocks: what most techniques act on."""

@@ -37,6 +37,7 @@ class PhaseWork:
         read_bytes: int = 0,
         flops: float = 0.0,
         dtype: str = "float32",
+        disk_bytes: int = 0,
         overhead_seconds: float = 0.0,
     ) -> PhaseWork:
         """This work and some more (or, with negative figures, less)."""
@@ -44,6 +45,7 @@ class PhaseWork:
             self,
             read_bytes=max(0, self.read_bytes + read_bytes),
             flops={**self.flops, dtype: max(0.0, self.flops.get(dtype, 0.0) + flops)},
+            disk_bytes=max(0, self.disk_bytes + disk_bytes),
             overhead_seconds=self.overhead_seconds + overhead_seconds,
         )
 
@@ -61,12 +63,17 @@ class Work:
         read_bytes: int = 0,
         flops: float = 0.0,
         dtype: str = "float32",
+        disk_bytes: int = 0,
         overhead_seconds: float = 0.0,
     ) -> Work:
         """More (or less) work in one phase; a phase that the job lacks is left out."""
         if phase not in self.phases:
             return self
         more = self.phases[phase].plus(
-            read_bytes=read_bytes, flops=flops, dtype=dtype, overhead_seconds=overhead_seconds
+            read_bytes=read_bytes,
+            flops=flops,
+            dtype=dtype,
+            disk_bytes=disk_bytes,
+            overhead_seconds=overhead_seconds,
         )
         return replace(self, phases={**self.phases, phase: more})

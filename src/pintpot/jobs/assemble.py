@@ -1,12 +1,12 @@
 """From a plan's techniques to live objects: the one place where wings meet, and the order they are applied in.
 
-Order:   weights (packed while loading), adapters, cache attention, optimizer, activations. The same code dresses a
-         real model and a fake one, so that what is simulated is what is run.
+Order:   weights (packed while loading), adapters, cache attention, parameters, optimizer, activations. The same code
+         dresses a real model and a fake one, so that what is simulated is what is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +28,16 @@ from pintpot.core.plan import Plan
 from pintpot.core.shape import ModelShape
 from pintpot.core.slots import check
 from pintpot.core.technique import Technique
-from pintpot.core.workload import Generate, Workload
+from pintpot.core.workload import Generate, Pretrain, Workload
 from pintpot.jobs.dtypes import DTYPES
 from pintpot.jobs.load import load, no_progress_bars
 from pintpot.jobs.model_source import model_folder
+from pintpot.jobs.streamed import load_streamed
 from pintpot.ledger.predict import Assembled, Build
 from pintpot.optim._adamw import AdamWRule
 from pintpot.optim._base import OptimExtra, OptimMethod
+from pintpot.optim._parameterize import Parameterization
+from pintpot.optim._stream import BlockStore
 from pintpot.weights import load_and_compress
 from pintpot.weights._base import WeightMethod
 
@@ -54,9 +57,12 @@ class Composition:
     weights: WeightMethod | None = None
     keep: Keep | None = None
     store: Store | None = None
+    parameters: Parameterization | None = None
     optimizer: OptimMethod | None = None
     states: OptimExtra | None = None
     release: OptimExtra | None = None
+    rule: OptimExtra | None = None
+    rounding: OptimExtra | None = None
     activations: ActivationMethod | None = None
     loss: ActivationMethod | None = None
     adapters: AdapterMethod | None = None
@@ -80,14 +86,23 @@ class Composition:
             places[name] = technique
         return cls(**places)  # type: ignore[arg-type]  # each part of a slot has its own type
 
+    @property
+    def extras(self) -> dict[str, Any]:
+        """Arguments for the optimizer from the techniques beside its method."""
+        chosen = (self.states, self.release, self.rule, self.rounding)
+        return {key: value for extra in chosen if extra is not None for key, value in extra.extras.items()}
+
 
 _PLACES: dict[tuple[str, str], str] = {
     ("weights", ""): "weights",
     ("cache", "keep"): "keep",
     ("cache", "store"): "store",
+    ("optimizer", "parameters"): "parameters",
     ("optimizer", ""): "optimizer",
     ("optimizer", "states"): "states",
     ("optimizer", "release"): "release",
+    ("optimizer", "rule"): "rule",
+    ("optimizer", "rounding"): "rounding",
     ("activations", ""): "activations",
     ("activations", "loss"): "loss",
     ("adapters", ""): "adapters",
@@ -95,13 +110,23 @@ _PLACES: dict[tuple[str, str], str] = {
 """The field of ``Composition`` for each part of a slot."""
 
 
-def assemble(folder: Path, plan: Plan, rates: Rates | None = None) -> Assembled:
+def assemble(
+    folder: Path,
+    plan: Plan,
+    rates: Rates | None = None,
+    shape: ModelShape | None = None,
+    *,
+    place: Path | None = None,
+) -> Assembled:
     """The plan's job on the model of a folder, ready to run.
 
     Args:
-        folder: a dense model folder, or one that was compressed before.
+        folder: a dense model folder, or one that was compressed before. Pretraining reads its configuration only, and
+            begins from random weights of the global generator.
         plan: what to apply.
         rates: the optimizer's, for training.
+        shape: what to pretrain, when not what the folder says.
+        place: a folder for weights that stay on disk while they are trained; a temporary one when absent.
 
     Raises:
         ModelFolderError: when the folder is incomplete, corrupt or unsafe.
@@ -111,8 +136,15 @@ def assemble(folder: Path, plan: Plan, rates: Rates | None = None) -> Assembled:
     if plan.budget.device is not None:
         # A budget is one of tensors; without this the process may take twice as much.
         return_freed_memory()
-    model = _load(folder, composition, DTYPES[plan.model.dtype])
-    return dress(model, composition, plan.workload, rates)
+    dtype = DTYPES[plan.model.dtype]
+    store: BlockStore | None = None
+    if isinstance(plan.workload, Pretrain):
+        model = (shape or ModelShape.from_folder(folder, dtype)).build("cpu")
+    elif composition.optimizer is not None and composition.optimizer.streams:
+        model, store = load_streamed(folder, dtype, place)
+    else:
+        model = _load(folder, composition, dtype)
+    return dress(model, composition, plan.workload, rates, seed=plan.seed, store=store)
 
 
 def apply(plan: Plan, model: str | Path | None = None, rates: Rates | None = None) -> Assembled:
@@ -159,6 +191,9 @@ def dress(
     workload: Workload,
     rates: Rates | None = None,
     trained: nn.Module | None = None,
+    *,
+    seed: int = 0,
+    store: BlockStore | None = None,
 ) -> Assembled:
     """Apply all techniques but the weights', which are part of loading, to a real or a fake model.
 
@@ -168,13 +203,25 @@ def dress(
         workload: the sizes of the job.
         rates: the optimizer's, for training.
         trained: the model with its adapters, when they are attached already.
+        seed: what new parameters are drawn from.
+        store: where the weights are that are not in the model.
     """
     if not workload.training:
         cache = _cache(model, composition, workload)
         return Assembled(model=model.eval(), cache=cache, scope=_attention(model, composition))
     trained = trained if trained is not None else _adapted(model, composition, workload)
-    optimizer = _optimizer(trained, composition, rates or Rates())
+    if composition.parameters is not None:
+        composition.parameters.prepare_(trained, seed)
+    optimizer = _optimizer(trained, composition, rates or Rates(), {} if store is None else {"store": store})
+    if composition.parameters is not None:
+        composition.parameters.follow_(trained, optimizer)
     return Assembled(model=trained.train(), optimizer=optimizer, scope=_activations(trained, composition, workload))
+
+
+def undress(model: nn.Module, composition: Composition) -> None:
+    """Give a trained model its ordinary layers back, before it is saved."""
+    if composition.parameters is not None:
+        composition.parameters.finish_(model)
 
 
 def _adapted(model: PreTrainedModel, composition: Composition, workload: Workload) -> nn.Module:
@@ -228,10 +275,12 @@ def _attention(model: PreTrainedModel, composition: Composition) -> Callable[[],
     return partial(use_cache_attention, model)
 
 
-def _optimizer(model: nn.Module, composition: Composition, rates: Rates) -> Optimizer:
-    extras = {k: v for e in (composition.states, composition.release) if e is not None for k, v in e.extras.items()}
-    if composition.optimizer is not None or extras:
-        rule = composition.optimizer or AdamWRule()
+def _optimizer(model: nn.Module, composition: Composition, rates: Rates, more: Mapping[str, Any]) -> Optimizer:
+    extras = dict(more) | composition.extras
+    own = None if composition.parameters is None else composition.parameters.rule()
+    chosen = composition.optimizer or own
+    if chosen is not None or extras:
+        rule = chosen or AdamWRule()
         return rule.optimizer(model, lr=rates.learning_rate, weight_decay=rates.weight_decay, **extras)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdamW(trained, lr=rates.learning_rate, weight_decay=rates.weight_decay)

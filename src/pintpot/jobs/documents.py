@@ -28,6 +28,9 @@ LONGEST_LINE_BYTES = 16 * MiB
 
 Messages = tuple[dict[str, str], ...]
 
+_ENCODED_TOGETHER = 1000
+"""Documents whose tokens are Python numbers, of many bytes each, at the same time."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -126,26 +129,34 @@ def messages_of(entry: Any, place: str) -> Messages:
     return tuple({"role": t["role"], "content": t["content"]} for t in good)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer: bool = False) -> str:
+def render(tokenizer: PreTrainedTokenizerBase | None, messages: Messages, *, answer: bool = False) -> str:
     """A conversation as text: by the tokenizer's chat template, or as plain ``role: content`` lines without one.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's, if there is one yet.
         messages: the turns.
         answer: end where the assistant's answer begins.
     """
-    if tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
     lines = "".join(f"{turn['role']}: {turn['content']}\n" for turn in messages)
     return lines + "assistant:" if answer else lines
 
 
+def texts_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The documents as texts, conversations as ``render`` writes them."""
+    return [render(tokenizer, d.messages) if d.messages else d.text for d in documents]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> IntArray:
     """The documents as one stream of tokens, int64 (N,), each followed by the end-of-text token if there is one."""
-    texts = [render(tokenizer, d.messages) if d.messages else d.text for d in documents]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.array([token for row in ids for token in (*row, *end)], dtype=np.int64)
+    pieces = [np.empty(0, dtype=np.int64)]
+    for first in range(0, len(documents), _ENCODED_TOGETHER):
+        texts = texts_of(documents[first : first + _ENCODED_TOGETHER], tokenizer)
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(np.array([token for row in ids for token in (*row, *end)], dtype=np.int64))
+    return np.concatenate(pieces)
 
 
 def split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:

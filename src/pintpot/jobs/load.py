@@ -57,6 +57,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelFolderError: when there is none, or it cannot be read.
     """
     open_model(folder, tokenizer=True, match=False)
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder that need not hold a model; no code of the folder is run.
+
+    Raises:
+        ModelFolderError: when it cannot be read.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

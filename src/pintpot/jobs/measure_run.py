@@ -35,7 +35,7 @@ def measure_run(plan: Plan, folder: str | Path | None = None) -> Ledger:
     """
     workload = plan.workload
     if not isinstance(workload, Generate | Train):
-        raise PlanError(f"{workload.job} cannot be measured on random tokens", hint="measure generate or finetune")
+        raise PlanError(f"{workload.job} cannot be measured on random tokens", hint="measure generating or training")
     torch.manual_seed(plan.seed)
     with measure(budget=plan.budget) as run:
         with run.phase("load"):

@@ -1,185 +1,177 @@
-"""Pretraining: from a recipe to a model folder.
+"""Pretraining: from a configuration and some text to a model folder that transformers loads.
 
-A recipe names the text, the tokenizer's size, the model's shape, the optimizer and the stages of a length
-curriculum. The folder that comes out is a plain transformers folder with a model card, the training curve and the
-recipe in it. It appears under its name only when complete; until then checkpoints stand beside it, and the same
-command resumes from them.
+See ``text_training`` for what it shares with fine-tuning: planning, checkpoints, resuming, what is written; and
+``pretrain_recipe`` for runs with a curriculum.
 """
 
 from __future__ import annotations
 
-import random
-import shutil
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch import nn
-from torch.optim import Optimizer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pintpot.core.errors import DataError, ShapeError
-from pintpot.core.files import new_folder, refuse_existing, require_disk
-from pintpot.jobs.batches import Batches, Curriculum, Mixture, PackedText, Rows
-from pintpot.jobs.muon import MuonWithAdamW
-from pintpot.jobs.recipe import STANDARD_LIBRARY, OptimizerRecipe, Recipe, adjusted, dump_recipe, read_recipe
-from pintpot.jobs.training import TrainResult, TrainSettings, train, warmup_stable_decay
-from pintpot.reference.evaluate import full_figures, quick_figures
-from pintpot.reference.initialize import initialize_looking_back_
-from pintpot.reference.material import Material, prepare
-from pintpot.reference.report import Report, write_report
-from pintpot.reference.tasks import CopyRows, RecallRows
-from pintpot.reference.tokenizer import as_transformers
+from pintpot.core.errors import ModelFolderError, ShapeError, UnsupportedModel
+from pintpot.core.files import refuse_existing
+from pintpot.core.model_folder import has_tokenizer
+from pintpot.core.plan import Plan
+from pintpot.core.shape import ModelShape
+from pintpot.core.workload import Pretrain, Train
+from pintpot.jobs.assemble import Rates, assemble
+from pintpot.jobs.choose import Wish
+from pintpot.jobs.documents import Document, texts_of
+from pintpot.jobs.dtypes import DTYPES
+from pintpot.jobs.load import read_tokenizer
+from pintpot.jobs.model_source import model_folder
+from pintpot.jobs.packed_shape import with_dtype
+from pintpot.jobs.text_training import (
+    TextJob,
+    TextResult,
+    TextSettings,
+    encode_parts,
+    longest_context,
+    read_parts,
+    train_on_text,
+)
+from pintpot.ledger.predict import Assembled
+from pintpot.reference.tokenizer import as_transformers, train_tokenizer
 
-CHECKPOINTS = ".checkpoints"
-"""Ending of the folder, beside the output, that holds the checkpoints while training."""
 
-_KEPT_CHECKPOINTS = 2
-_FEWEST_WORDS = 20
-_STATE_BYTES_PER_PARAMETER = 12
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TextSettings):
+    """How to pretrain: as ``TextSettings``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob(TextJob):
+    """Training of a model that does not exist yet.
+
+    Attributes:
+        shape: the model; its special tokens are those of the tokenizer.
+    """
+
+    workload: ClassVar[type[Train]] = Pretrain
+
+    shape: ModelShape
+
+    def assemble(self, plan: Plan, rates: Rates, place: Path) -> Assembled:
+        """Random weights, as the global generator gives them, with the plan applied."""
+        return assemble(self.source, plan, rates, with_dtype(self.shape, DTYPES[plan.model.dtype]))
+
+    def finished(self, model: Any, plan: Plan) -> Any:
+        """The model, in the dtype that its configuration names, if it names one."""
+        named = getattr(self.shape.config, "dtype", None)
+        if isinstance(named, torch.dtype):
+            model.to(named)
+        if model.generation_config is not None:
+            model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        return model
 
 
 def pretrain(
-    recipe: Path, out: Path, *, seed: int | None = None, steps: int | None = None, progress: bool = True
-) -> TrainResult:
-    """Train a model by a recipe and write its folder; the same call resumes a run that was stopped.
+    config: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    settings: PretrainSettings | None = None,
+    wish: Wish | None = None,
+    measure: bool = False,
+    progress: bool = True,
+) -> TextResult:
+    """Train a model from random weights; the same call resumes a run that was stopped.
 
     Args:
-        recipe: a recipe file.
-        out: the model folder to make; must not exist.
-        seed: instead of the recipe's.
-        steps: train only about so many steps, every stage shortened alike.
+        config: a folder with a ``config.json``, that file, or a hub name. Weights in the folder are not read.
+        data: JSON Lines with ``text`` or ``messages``, a text file, or a folder of them.
+        out: the folder to write; must not exist.
+        tokenizer: a folder with a tokenizer, or a hub name; that beside the configuration when absent, and where
+            there is none, byte-level BPE of the model's vocabulary, trained on the training documents.
+        settings: how to train.
+        wish: the memory budget, techniques or plan, and the seed.
+        measure: record the measured ledger.
         progress: show progress.
 
     Raises:
-        PlanError: when the recipe is wrong.
-        ShapeError: when the recipe's model cannot be built.
-        DataError: when there is too little text.
-        OutputExists: when `out` is there already.
-        BudgetError: when the disk cannot hold the checkpoints.
+        PintpotError: for bad input, each kind with its own class and a hint; nothing half-written is left.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
     """
+    settings, wish = settings or PretrainSettings(), wish or Wish()
     refuse_existing(out)
-    plan = adjusted(read_recipe(recipe), seed, steps)
-    torch.set_num_threads(plan.threads)
-    text_folder = None if plan.text == STANDARD_LIBRARY else recipe.parent / plan.text
-    material = prepare(text_folder=text_folder, vocabulary_tokens=plan.vocabulary_tokens)
-    seed_everything(plan.seed)
-    model = build_model(plan, material.tokenizer)
-    checkpoints = out.with_name(out.name + CHECKPOINTS)
-    require_disk(checkpoints, (_KEPT_CHECKPOINTS + 1) * _STATE_BYTES_PER_PARAMETER * model.num_parameters())
-    total = sum(stage.steps for stage in plan.stages)
-    longest = max(stage.tokens for stage in plan.stages)
-    result = train(
-        model,
-        recipe_batches(plan, material),
-        recipe_optimizer(model, plan.optimizer),
-        warmup_stable_decay(warmup=plan.schedule.warmup_steps, decay=plan.schedule.decay_steps, steps=total),
-        TrainSettings(
-            checkpoints=checkpoints,
-            checkpoint_every=plan.checkpoint_every,
-            keep_checkpoints=_KEPT_CHECKPOINTS,
-            validate_every=plan.validate_every,
-            run={"recipe": plan.model_dump(mode="json", by_alias=True), "text": material.hashes["training"]},
-            progress=progress,
-        ),
-        validate=lambda module: quick_figures(module, material, longest=longest),
-    )
-    with new_folder(out) as partial:
-        save_model(model, material.tokenizer, partial)
-        _report(partial, plan, material, result, longest)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return result
+    source = model_folder(config, weights=False)
+    shape = _shape(source)
+    parts = read_parts(data, settings, wish.seed)
+    chosen = None if tokenizer is None else model_folder(tokenizer, weights=False)
+    job = _job(source, shape, chosen, parts[0])
+    text = encode_parts(parts, job.tokenizer, settings)
+    return train_on_text(job, text, out, settings, wish, measure=measure, progress=progress)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """The model of a recipe, randomly initialised from the global generator, float32.
-
-    Raises:
-        ShapeError: when the recipe's model fields do not make a model.
-    """
-    shape: dict[str, Any] = dict(recipe.model)
-    size = tokenizer.get_vocab_size()
+def _shape(source: Path) -> ModelShape:
+    """The shape of a configuration, when a model can be made of it."""
+    shape = ModelShape.from_folder(source)
+    if getattr(shape.config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"{source} describes packed weights, which cannot be trained",
+            hint="take quantization_config out of config.json",
+        )
+    if shape.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        shape.config.is_encoder_decoder or getattr(shape.config, "is_decoder", False)
+    ):
+        raise UnsupportedModel(
+            f"{source} is of a model that sees the tokens that it should predict ({shape.config.model_type})",
+            hint="set is_decoder to true in config.json, or choose a causal architecture",
+        )
+    text = shape.config.get_text_config()
     try:
-        config = LlamaConfig(
-            vocab_size=size, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, **shape
-        )
-        model = LlamaForCausalLM(config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ShapeError(
-            f"the recipe's model cannot be built: {error}", hint="give the fields of a transformers LlamaConfig"
+        if min(text.vocab_size, getattr(text, "num_hidden_layers", 1)) < 1 or not shape.parameters:
+            raise ValueError("it has no layers or no vocabulary")
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"no model can be made of {source}: {error}", hint="compare it with the config.json of a model of its kind"
         ) from error
-    if recipe.looking_back:
-        initialize_looking_back_(model, embedding_std=recipe.embedding_std, seed=recipe.seed)
-    return model
+    return shape
 
 
-def recipe_batches(recipe: Recipe, material: Material) -> Batches:
-    """The curriculum of a recipe.
+def _job(source: Path, shape: ModelShape, chosen: Path | None, documents: Sequence[Document]) -> PretrainJob:
+    """The job with the chosen tokenizer, the one beside the configuration, or one made for the documents.
 
     Raises:
-        DataError: when the text has too few words for the recall and copy rows that the recipe asks for.
+        ModelFolderError: when the chosen tokenizer is not there.
+        ShapeError: when the model's vocabulary is too small for it.
     """
-    stages: list[Batches] = []
-    words = len(material.vocabulary.words)
-    if words < _FEWEST_WORDS and any(stage.recall or stage.copy_rows for stage in recipe.stages):
-        raise DataError(
-            f"the text gives only {words} words that are one token, too few for recall and copying",
-            hint="give more text or a larger vocabulary, or set recall and copy to 0 in every stage",
+    size = int(shape.config.get_text_config().vocab_size)
+    folder = chosen or source
+    folder = folder if folder.is_dir() else folder.parent
+    found = has_tokenizer(folder)
+    if chosen is not None and not found:
+        raise ModelFolderError(f"{chosen} has no tokenizer", hint="give a folder that holds a tokenizer.json")
+    if found:
+        tokenizer = read_tokenizer(folder)
+    else:
+        made = train_tokenizer(texts_of(documents), vocabulary_tokens=size)
+        tokenizer = as_transformers(made, context_tokens=longest_context(shape.config))
+    if found and chosen is None:
+        return PretrainJob(source=source, tokenizer=tokenizer, shape=shape)
+    if len(tokenizer) > size:
+        raise ShapeError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the model a vocabulary of {size}",
+            hint=f"set vocab_size to {len(tokenizer)} or more in the model's config.json",
         )
-    for number, stage in enumerate(recipe.stages):
-        seed = recipe.seed * 1000 + number * 10
-        tokens = stage.tokens
-        text, filler = (
-            PackedText(material.training_tokens, sequence_tokens=tokens, seed=seed + part) for part in (0, 1)
-        )
-        recall = RecallRows(filler, material.vocabulary, sequence_tokens=tokens, seed=seed + 2)
-        copies = CopyRows(material.vocabulary, sequence_tokens=tokens, seed=seed + 3)
-        parts: list[tuple[Rows, int]]
-        parts = [(text, stage.text), (recall, stage.recall), (copies, stage.copy_rows)]
-        stages.append(Mixture(parts, steps=stage.steps))
-    return Curriculum(stages)
+    return PretrainJob(source=source, tokenizer=tokenizer, shape=_with_tokens(shape, tokenizer))
 
 
-def recipe_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
-    """The optimizer of a recipe over a model's parameters."""
-    return MuonWithAdamW(
-        model,
-        matrix_learning_rate=recipe.matrix_learning_rate,
-        other_learning_rate=recipe.other_learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
-
-
-def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a plain transformers folder: weights in bfloat16, config, generation config and tokenizer."""
-    model.bfloat16()
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False)
-    model.save_pretrained(folder)
-    as_transformers(tokenizer, context_tokens=model.config.max_position_embeddings).save_pretrained(folder)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (libraries below us use the global generator)
-    torch.manual_seed(seed)
-
-
-def _report(folder: Path, plan: Recipe, material: Material, result: TrainResult, longest: int) -> None:
-    """Measure the model as it was saved and write card, curve and recipe into its folder."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    report = Report(
-        name=plan.name,
-        recipe=dump_recipe(plan),
-        curve=result.curve,
-        figures=full_figures(model, material, longest=longest),
-        hashes=material.hashes,
-        held_out=[document.name for document in material.held_out],
-        parameters=model.num_parameters(),
-        context_tokens=longest,
-        looking_back=plan.looking_back,
-    )
-    write_report(folder, report)
+def _with_tokens(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> ModelShape:
+    """The shape with the special tokens of a tokenizer that did not come with it."""
+    config = copy.deepcopy(shape.config)
+    own = config.get_text_config()
+    own.bos_token_id, own.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The embedding of a padding token is not trained, so a token with another use must not be one.
+    shared = tokenizer.pad_token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    own.pad_token_id = None if shared and not config.is_encoder_decoder else tokenizer.pad_token_id
+    return replace(shape, config=config)

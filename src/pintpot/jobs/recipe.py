@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationError
 
 from pintpot.core.errors import PlanError
 
@@ -25,6 +26,22 @@ class OptimizerRecipe(_Strict):
     matrix_learning_rate: float = Field(gt=0)
     other_learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
+
+
+class TechniquesRecipe(_Strict):
+    """Techniques of the training wings, as on the command line; AdamW where none of them is a rule.
+
+    Without a learning rate, the rule's usual one for pretraining.
+    """
+
+    techniques: str
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+def _kind_of_optimizer(value: Any) -> str:
+    names = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "techniques" if "techniques" in names else "muon"
 
 
 class ScheduleRecipe(_Strict):
@@ -59,7 +76,10 @@ class Recipe(_Strict):
     model: dict[str, int | float]
     looking_back: bool = False
     embedding_std: float = Field(default=0.05, gt=0)
-    optimizer: OptimizerRecipe
+    optimizer: Annotated[
+        Annotated[OptimizerRecipe, Tag("muon")] | Annotated[TechniquesRecipe, Tag("techniques")],
+        Discriminator(_kind_of_optimizer),
+    ]
     schedule: ScheduleRecipe
     stages: list[Stage] = Field(min_length=1)
     validate_every: int = Field(ge=0)

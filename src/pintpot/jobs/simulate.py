@@ -1,7 +1,7 @@
 """The predicted ledger of a composition: the planned job itself, run on tensors without bytes.
 
 What is needed once before the first step (temporaries of compressing or loading the weights) is not part of the
-steps that are simulated; the techniques' closed forms give it, and it is taken from there.
+steps that are simulated; the techniques' closed forms give it, and it is taken from there. So are bytes on disk.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def simulate(shape: ModelShape, workload: Workload, techniques: Iterable[Techniq
     steps = predict.simulate(fake_build(chosen, workload), shape, workload)
     temporaries = before.phase("load").of(Account.WORKSPACE)
     steps = steps.add(Account.WORKSPACE, temporaries, phases=["load"])
+    for (account, tier), size in before.phase("load").cells.items():
+        if tier is Tier.DISK:
+            steps = steps.set(account, size, tier)
     applied = tuple(moment for moment in before.moments if moment.phase not in steps.phases())
     return Ledger(steps.kind, (*applied, *steps.moments), facts=steps.facts)
 

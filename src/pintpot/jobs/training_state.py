@@ -1,7 +1,8 @@
 """Checkpoints of a training run: safetensors for tensors, JSON for the rest, never pickle.
 
-A checkpoint is a folder `step-00000100/` with `model.safetensors`, `optimizer.safetensors` and `state.json`. It is
-written under a temporary name and renamed, so that whatever stands under its name is whole.
+A checkpoint is a folder `step-00000100/` with `model.safetensors`, `optimizer.safetensors` and `state.json`, and a
+folder `streamed/` of the weights that the optimizer keeps elsewhere. It is written under a temporary name and renamed,
+so that whatever stands under its name is whole.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from torch.optim import Optimizer
 
 from pintpot.core.errors import TrainingError
 from pintpot.core.files import PARTIAL, new_folder
+from pintpot.optim._stream import BlockStore
 
 _TENSOR = "__tensor__"
 _FOLDER = "step-{:08d}"
+_STREAMED = "streamed"
 _KEYED = "__int_keys__"
 _TUPLE = "__tuple__"
 
@@ -110,6 +114,7 @@ def save_checkpoint(
     if target.exists():
         return target
     optimizer_tree, optimizer_tensors = flatten_state(optimizer.state_dict())
+    streamed = streamed_weights(optimizer)
     random_tree, random_tensors = flatten_state(_random_state())
     state = {
         "step": position.step,
@@ -119,7 +124,9 @@ def save_checkpoint(
         "random": random_tree,
     }
     with new_folder(target) as partial:
-        save_file(_model_state(model, trainable_only=trainable_only), partial / "model.safetensors")
+        save_file(_model_state(model, streamed, trainable_only=trainable_only), partial / "model.safetensors")
+        if streamed is not None:
+            streamed.save(partial / _STREAMED)
         optimizer_tensors = {f"optimizer{path}": tensor for path, tensor in optimizer_tensors.items()}
         random_tensors = {f"random{path}": tensor for path, tensor in random_tensors.items()}
         save_file({**optimizer_tensors, **random_tensors}, partial / "optimizer.safetensors")
@@ -151,7 +158,10 @@ def load_checkpoint(
             f"{path} was written by a run with another {', '.join(different)}",
             hint="give the same settings to resume it, or remove the checkpoints to start anew",
         )
-    _load_model_state(path, model, trainable_only=trainable_only)
+    streamed = streamed_weights(optimizer)
+    _load_model_state(path, model, streamed, trainable_only=trainable_only)
+    if streamed is not None:
+        streamed.load(path / _STREAMED)
     tensors = load_file(path / "optimizer.safetensors")
     optimizer.load_state_dict(unflatten_state(state["optimizer"], _under(tensors, "optimizer")))
     _set_random_state(unflatten_state(state["random"], _under(tensors, "random")))
@@ -162,17 +172,23 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix + "/")}
 
 
-def _model_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
-    """Parameters once each, and the buffers that belong to the state."""
+def streamed_weights(optimizer: Optimizer | None) -> BlockStore | None:
+    """Where an optimizer keeps weights that are not in the model, if it does."""
+    return getattr(optimizer, "store", None)
+
+
+def _model_state(model: nn.Module, streamed: BlockStore | None, *, trainable_only: bool) -> dict[str, Tensor]:
+    """Parameters once each, and the buffers that belong to the state; not what is elsewhere."""
+    elsewhere: Collection[str] = () if streamed is None else streamed.places.keys()
     names = set(model.state_dict())
     state: dict[str, Tensor] = {}
     state |= {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable_only}
     state |= {name: buffer for name, buffer in model.named_buffers() if name in names}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in elsewhere}
 
 
-def _load_model_state(path: Path, model: nn.Module, *, trainable_only: bool) -> None:
-    wanted = _model_state(model, trainable_only=trainable_only).keys()
+def _load_model_state(path: Path, model: nn.Module, streamed: BlockStore | None, *, trainable_only: bool) -> None:
+    wanted = _model_state(model, streamed, trainable_only=trainable_only).keys()
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with safe_open(path / "model.safetensors", framework="pt") as loaded, torch.no_grad():
         names = set(loaded.keys())

@@ -26,10 +26,12 @@ class Run:
         self._process = process
         self._start = time.perf_counter()
         self._seconds: float | None = None
+        self._disk_bytes = 0
 
     def register(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> None:
-        """Recognise a model or an optimizer made only now."""
+        """Recognise a model or an optimizer made only now, and the weights that it keeps on disk."""
         self.tracker.register(model, optimizer)
+        self._disk_bytes += getattr(getattr(optimizer, "store", None), "disk_bytes", 0)
 
     def assign(self, value: Any, account: Account) -> None:
         """Say which account the tensors reachable from `value` belong to."""
@@ -52,7 +54,10 @@ class Run:
             facts["written_bytes"] = self._process.written_bytes
         if self.budget.to_dict():
             facts["budget"] = self.budget.to_dict()
-        return replace(self.tracker.ledger(), process_bytes=self._process.growth_bytes, facts=facts)
+        ledger = self.tracker.ledger()
+        if self._disk_bytes:
+            ledger = ledger.set(Account.WEIGHTS, self._disk_bytes, Tier.DISK)
+        return replace(ledger, process_bytes=self._process.growth_bytes, facts=facts)
 
     @property
     def within_budget(self) -> bool:

@@ -7,6 +7,7 @@ from pintpot.optim._adamw import AdamW
 from pintpot.optim._base import OptimExtra, OptimMethod
 from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import projected_groups
+from pintpot.optim._parameterize import Parameterization
 from pintpot.optim._zeroth import GradientFreeMethod, ZerothOrderOptimizer
 from pintpot.optim.apollo import Apollo, ApolloRule
 from pintpot.optim.apollo_mini import ApolloMini, ApolloMiniRule
@@ -17,13 +18,24 @@ from pintpot.optim.dct_low_rank import DctLowRank, DctLowRankRule
 from pintpot.optim.fira import Fira, FiraRule
 from pintpot.optim.frugal import Frugal, FrugalRule
 from pintpot.optim.galore import GaLore, GaLoreRule
+from pintpot.optim.gradnormlorp import GradNormLoRP
 from pintpot.optim.just_one_byte import JustOneByte, JustOneByteRule
+from pintpot.optim.lion import Lion
 from pintpot.optim.lisa import Lisa, LisaRule
+from pintpot.optim.lost import Lost
 from pintpot.optim.mezo import Mezo, MezoRule
 from pintpot.optim.natural_galore import NaturalGaLore, NaturalGaLoreRule
 from pintpot.optim.owlore import OwLore, OwLoreRule
 from pintpot.optim.q_galore import QGaLore, QGaLoreRule
+from pintpot.optim.relora import ReLora
+from pintpot.optim.sgd_momentum import SgdMomentum
+from pintpot.optim.signsgd import SignSgd
+from pintpot.optim.sltrain import SLTrain
+from pintpot.optim.soap import Soap
+from pintpot.optim.sst import Sst
+from pintpot.optim.stochastic_rounding import StochasticRounding
 from pintpot.optim.tpsgd import TpSgd, TpSgdRule
+from pintpot.optim.zo2 import Zo2, Zo2Rule
 
 TECHNIQUES = (
     "galore",
@@ -42,9 +54,20 @@ TECHNIQUES = (
     "just_one_byte",
     "baffle",
     "tpsgd",
+    "zo2",
+    "sltrain",
+    "lost",
+    "sst",
+    "relora",
+    "gradnormlorp",
     "adamw_8bit",
     "adamw_4bit",
     "gradient_release",
+    "lion",
+    "sgd_momentum",
+    "signsgd",
+    "soap",
+    "stochastic_rounding",
 )
 
 __all__ = [
@@ -68,11 +91,14 @@ __all__ = [
     "FrugalRule",
     "GaLore",
     "GaLoreRule",
+    "GradNormLoRP",
     "GradientFreeMethod",
     "JustOneByte",
     "JustOneByteRule",
+    "Lion",
     "Lisa",
     "LisaRule",
+    "Lost",
     "Mezo",
     "MezoRule",
     "NaturalGaLore",
@@ -81,11 +107,21 @@ __all__ = [
     "OptimMethod",
     "OwLore",
     "OwLoreRule",
+    "Parameterization",
     "ProjectedOptimizer",
     "QGaLore",
     "QGaLoreRule",
+    "ReLora",
+    "SLTrain",
+    "SgdMomentum",
+    "SignSgd",
+    "Soap",
+    "Sst",
+    "StochasticRounding",
     "TpSgd",
     "TpSgdRule",
     "ZerothOrderOptimizer",
+    "Zo2",
+    "Zo2Rule",
     "projected_groups",
 ]

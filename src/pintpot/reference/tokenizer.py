@@ -48,8 +48,13 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_tokens: int = 2048) -> T
     return tokenizer
 
 
-def as_transformers(tokenizer: Tokenizer, *, context_tokens: int) -> PreTrainedTokenizerFast:
-    """Wrap the tokenizer so that `save_pretrained` writes what `AutoTokenizer` reads."""
+def as_transformers(tokenizer: Tokenizer, *, context_tokens: int | None) -> PreTrainedTokenizerFast:
+    """Wrap the tokenizer so that `save_pretrained` writes what `AutoTokenizer` reads.
+
+    Args:
+        tokenizer: what `train_tokenizer` gave.
+        context_tokens: the longest text of the model; None when there is no longest.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from pintpot.core.errors import ShapeError
 from pintpot.core.files import PARTIAL, fsync_folder
-from pintpot.core.model_folder import DTYPE_NAMES, SINGLE
+from pintpot.core.model_folder import SINGLE, TensorEntry, header_of
 from pintpot.core.parameter_map import Origin
 
 _CHUNK = 1 << 22
@@ -88,24 +86,13 @@ def write_shard(
     Raises:
         ShapeError: when ``load`` gives a tensor that is not as planned.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for plan in shard.plans:
-        header[plan.name] = {
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "shape": plan.shape,
-            "data_offsets": [end, end + plan.nbytes],
-        }
-        end += plan.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = header_of(TensorEntry(p.name, file, p.dtype, p.shape, 0, p.nbytes) for p in shard.plans)
     digest = hashlib.sha256()
     temporary = file.with_name(file.name + PARTIAL)
     done = 0
     with temporary.open("wb") as handle:
-        for part in (struct.pack("<Q", len(text)), text):
-            handle.write(part)
-            digest.update(part)
+        handle.write(header)
+        digest.update(header)
         for origin, plans in shard.origins:
             tensors = load(origin)
             for plan in plans:
