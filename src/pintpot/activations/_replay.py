@@ -22,6 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import Cache
 
 from pintpot.core.errors import CompositionError, TrainingError
+from pintpot.core.heap import give_back
 
 
 class _Place:
@@ -107,6 +108,7 @@ class Segment:
         return place.tensor
 
     def _recompute(self) -> None:
+        give_back()
         filled = 0
 
         def fill(tensor: Tensor) -> None:
@@ -130,7 +132,7 @@ class Segment:
             with torch.enable_grad(), saved_tensors_hooks(fill, _closed):
                 self._replay()
         except _Enough:
-            return
+            give_back()
 
     def _replay(self) -> None:
         results: list[list[Any]] = []
@@ -210,6 +212,7 @@ def recomputed(blocks: Sequence[nn.Module], segments: Sequence[Sequence[int]]) -
             if number != of[index] or index <= last:
                 segment = Segment()
             current = (of[index], index, segment)
+            give_back()
             return segment.run(forward, args, kwargs)
 
         return run

@@ -24,6 +24,7 @@ from torch.nn import LinearCrossEntropyOptions, functional
 
 from pintpot.activations._base import ActivationMethod
 from pintpot.core.errors import CompositionError, UnsupportedModel
+from pintpot.core.heap import give_back
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Source, technique
@@ -98,10 +99,13 @@ def _scope(model: nn.Module) -> Iterator[None]:
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
         if not waiting or logits.shape != waiting[-1].shape:
-            made: Tensor = plain_loss(logits, labels, vocab_size, **more)
-            return made
+            plain: Tensor = plain_loss(logits, labels, vocab_size, **more)
+            return plain
         waiting.clear()
-        return _loss(logits, head, labels, **more)
+        give_back()
+        made = _loss(logits, head, labels, **more)
+        give_back()
+        return made
 
     head.__dict__["forward"] = forward
     base.loss_function = loss

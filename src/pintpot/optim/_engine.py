@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pintpot.core.errors import CompositionError, ShapeError, TrainingError
+from pintpot.core.heap import give_back
 from pintpot.optim import _rounding as rounding
 from pintpot.optim._groups import is_matrix, projected_groups
 from pintpot.optim._inner import Adam, Inner
@@ -225,6 +226,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if self.selection is None or not self.selection.note_(p):
                 self._update([(p, number)], self.param_groups[number[0]])
         p.grad = None
+        give_back()
 
     def _finite(self, parameters: Sequence[Tensor]) -> bool:
         gradients = [(p, local(p.grad)) for p in parameters if p.grad is not None]
