@@ -25,7 +25,7 @@ from pintpot.optim._rules import rule_of
 from pintpot.optim._select import Selection, blocks_of
 from pintpot.optim._sharded import everywhere, is_sharded, keep_, local, whole
 from pintpot.optim._states import STATE_BITS, states_of
-from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented
+from pintpot.optim._tensors import CHUNK_NUMEL, chunks, has_values, mix_seed, oriented, strips
 
 if TYPE_CHECKING:
     from pintpot.optim._base import ProjectedMethod
@@ -284,9 +284,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     self.states.start_(state, name, here, here.shape)
             state["step"] += 1
             flat = here.is_contiguous() and p.grad is not None and local(p.grad).is_contiguous()
-            starts = range(0, here.numel(), CHUNK_NUMEL) if flat and here.numel() > CHUNK_NUMEL else ()
-            work += [(p, slice(s, min(s + CHUNK_NUMEL, here.numel()))) for s in starts]
-            work += [(p, None)] if here.numel() and not starts else []
+            if flat and here.numel() > CHUNK_NUMEL:
+                work += [(p, piece) for piece in strips(here.numel(), CHUNK_NUMEL, here)]
+            elif here.numel():
+                work.append((p, None))
         for batch in chunks(local(p).numel() if piece is None else piece.stop - piece.start for p, piece in work):
             self._plain_batch([work[i] for i in batch], inner, group)
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pintpot.optim._tensors import CHUNK_NUMEL
+from pintpot.optim._tensors import CHUNK_NUMEL, strips
 
 LEAST_MULTIPLICATIONS = 1 << 26
 """Products with fewer are made in the tensors' own dtype: there is nothing to gain."""
@@ -68,8 +68,7 @@ def workspace_bytes(side: int, long: int, rank: int, dtype: torch.dtype, device:
 
 def _strips(matrix: Tensor) -> list[slice]:
     side, long = matrix.shape
-    width = max(1, CHUNK_NUMEL // side)
-    return [slice(start, min(start + width, long)) for start in range(0, long, width)]
+    return strips(long, max(1, CHUNK_NUMEL // side), matrix)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.nn import functional
 from pintpot.kernels import pack, packed_size, unpack
 from pintpot.optim import _products as products
 from pintpot.optim import _sketch as sketch
-from pintpot.optim._tensors import CHUNK_NUMEL, has_values
+from pintpot.optim._tensors import CHUNK_NUMEL, has_values, strips
 
 State = dict[str, Any]
 """What the optimizer keeps for one parameter: tensors, numbers and lists of numbers."""
@@ -193,8 +193,8 @@ class LeadingSubspace(Project):
         side, long = gradient.shape[-2:]
         gram = gradient.new_zeros((*gradient.shape[:-2], side, side), dtype=torch.float64)
         width = self._gram_width(gradient.numel() // long, long)
-        for start in range(0, long, width):
-            part = gradient[..., start : start + width].double()
+        for strip in strips(long, width, gradient):
+            part = gradient[..., strip].double()
             gram += part @ part.mT
         return gram
 
@@ -461,8 +461,8 @@ class CosineSubspace(Project):
         turn = torch.complex(angle.cos(), angle.sin())[:, None]
         sums = angle.new_zeros((*gradient.shape[:-2], len(angle), 2))
         width = max(1, CHUNK_NUMEL * long // gradient.numel())
-        for start in range(0, long, width):
-            strip = gradient[..., start : start + width].index_select(-2, order).to(dtype)
+        for columns in strips(long, width, gradient):
+            strip = gradient[..., columns].index_select(-2, order).to(dtype)
             waves = torch.fft.rfft(strip, dim=-2).mul_(turn)
             sums += torch.view_as_real(waves).abs_().sum(-2)
         sums[..., 0, 0] *= math.sqrt(0.5)

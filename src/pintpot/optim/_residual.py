@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pintpot.optim._project import Project, State
-from pintpot.optim._tensors import CHUNK_NUMEL
+from pintpot.optim._tensors import CHUNK_NUMEL, strips
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,7 @@ class SignRest(Residual):
         """``W -= lr * scale * (P direction + rest_scale * sign(G - P small))``, the rest strip by strip."""
         long = gradient.shape[-1]
         width = max(1, CHUNK_NUMEL * long // gradient.numel())
-        for start in range(0, long, width):
-            strip = slice(start, start + width)
+        for strip in strips(long, width, gradient):
             rest = gradient[..., strip].clone()
             project.up_(rest, state, small.gradient[..., strip], -1.0)
             parameter[..., strip].add_(rest.sign_(), alpha=-lr * self.scale * self.rest_scale)
@@ -219,8 +218,9 @@ def _norm(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
     if over == (-2,) and tensor.stride(-1) == 1 and tensor.numel() > CHUNK_NUMEL:
         # torch walks down each column of a matrix that lies in rows; rows added up are read in order.
         squares = tensor.new_zeros((*tensor.shape[:-2], 1, tensor.shape[-1]), dtype=dtype)
-        for rows in tensor.split(max(1, CHUNK_NUMEL * tensor.shape[-2] // tensor.numel()), dim=-2):
-            squares += rows.to(dtype).square().sum(-2, keepdim=True)
+        long = tensor.shape[-2]
+        for rows in strips(long, max(1, CHUNK_NUMEL * long // tensor.numel()), tensor):
+            squares += tensor[..., rows, :].to(dtype).square().sum(-2, keepdim=True)
         return squares.sqrt_()
     return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=dtype)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pintpot.optim._tensors import CHUNK_NUMEL, has_values
+from pintpot.optim._tensors import CHUNK_NUMEL, has_values, strips
 
 OVERSAMPLING = 10
 """Columns drawn beyond those that are wanted (sec. 1.3 of the paper: 5 or 10)."""
@@ -72,8 +72,7 @@ def _strips(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     """Columns of the matrix in a dtype; all of them at once where that takes no copy."""
     long = matrix.shape[-1]
     width = long if matrix.dtype == dtype else _strip_width(matrix.numel() // long, long)
-    for start in range(0, long, width):
-        strip = slice(start, min(start + width, long))
+    for strip in strips(long, width, matrix):
         yield strip, matrix[..., strip].to(dtype)
 
 

@@ -7,7 +7,6 @@ Shapes: a moment of any shape, seen flat; N elements in B = ceil(N / block) bloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pintpot.optim._project import State
-from pintpot.optim._tensors import CHUNK_NUMEL
+from pintpot.optim._tensors import CHUNK_NUMEL, strips
 
 SCALE = "_scale"
 """What is added to a moment's name for the scales of its blocks."""
@@ -97,7 +96,7 @@ class BlockStates(States):
         """The numbers that the codes stand for, float32."""
         if piece is None and shape.numel() > CHUNK_NUMEL:
             whole = torch.empty(shape, dtype=torch.float32, device=state[name].device)
-            for part in _pieces(shape.numel()):
+            for part in strips(shape.numel(), CHUNK_NUMEL, whole):
                 whole.view(-1)[part] = self.read(state, name, shape, part)
             return whole
         start, stop = (0, shape.numel()) if piece is None else (piece.start, piece.stop)
@@ -111,7 +110,7 @@ class BlockStates(States):
     def write_(self, state: State, name: str, value: Tensor, piece: slice | None = None) -> None:
         """Encode."""
         if piece is None and value.numel() > CHUNK_NUMEL:
-            for part in _pieces(value.numel()):
+            for part in strips(value.numel(), CHUNK_NUMEL, value):
                 self.write_(state, name, value.reshape(-1)[part], part)
             return
         start, stop = (0, value.numel()) if piece is None else (piece.start, piece.stop)
@@ -149,11 +148,6 @@ class BlockStates(States):
     def _blocks(self, flat: Tensor) -> Tensor:
         missing = -flat.numel() % self.block
         return (functional.pad(flat, (0, missing)) if missing else flat).view(-1, self.block)
-
-
-def _pieces(numel: int) -> Iterator[slice]:
-    """What is unpacked at once; a whole number of blocks, but for the last."""
-    return (slice(start, min(start + CHUNK_NUMEL, numel)) for start in range(0, numel, CHUNK_NUMEL))
 
 
 STATE_BITS = (32, 8, 4)

@@ -16,6 +16,15 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+def strips(long: int, width: int, like: Tensor) -> list[slice]:
+    """Consecutive slices of ``width`` out of ``long``. Of tensors without values the first, which takes as much memory.
+
+    Thousands of strips of a large model would make a rehearsal last for minutes.
+    """
+    found = [slice(start, min(start + width, long)) for start in range(0, long, width)]
+    return found if has_values(like) else found[:1]
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory without gaps, in whatever order of the dimensions."""
     expected = 1

@@ -24,7 +24,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.work import Work
 from pintpot.core.workload import Train, Workload
 from pintpot.optim._base import OptimMethod
-from pintpot.optim._tensors import CHUNK_NUMEL, has_values, mix_seed
+from pintpot.optim._tensors import CHUNK_NUMEL, has_values, mix_seed, strips
 
 Closure = Callable[[], float | Tensor]
 """Runs the model and returns the loss, without a backward pass."""
@@ -339,7 +339,8 @@ def _flat(p: Tensor) -> Tensor:
 
 def pieces(p: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Numbered views of at most ``CHUNK_NUMEL`` elements each."""
-    yield from enumerate(_flat(p).split(CHUNK_NUMEL))
+    flat = _flat(p)
+    yield from ((number, flat[part]) for number, part in enumerate(strips(len(flat), CHUNK_NUMEL, flat)))
 
 
 def widened(piece: Tensor) -> Tensor:
