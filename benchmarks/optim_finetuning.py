@@ -114,7 +114,7 @@ def rows(way: Way, rate: float, found: Figures, base: Figures, workload: Finetun
         status = f"{value - reference_value:+.3f} against AdamW; no paper has this task"
         if key == "state":
             status = f"{value / reference_value:.3f} of AdamW"
-        if not way.parts:
+        if way.name == "torch AdamW":
             status = "baseline"
         row = {"metric": metric, "unit": unit, "value": f"{value:.7g}", "baseline_value": f"{reference_value:.7g}"}
         made.append({**common, **row, "status": status})

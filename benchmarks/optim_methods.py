@@ -37,6 +37,9 @@ MOST_DIRECTIONS = 8
 LARGEST_SIDE = 640
 """Above it SOAP leaves a side alone: as far below the vocabulary of 2,048 as its 10,000 is below one of 32,000."""
 
+TWO_RATES = "torch AdamW (matrices at {:g} of the rate)"
+"""What a method gains by moving the matrices less than embeddings and head, as GaLore does by its ``scale`` of 0.25."""
+
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "low-rank": ("sltrain", {"density": 0.0}),
     "lora": ("relora", {"restart_gap": 0}),
@@ -62,16 +65,18 @@ class Way:
         name: what it is listed under.
         parts: its techniques; none for torch's AdamW.
         factor: on the learning rates that are tried.
+        matrices: on the rate of the matrices inside the blocks, for torch's AdamW.
     """
 
     name: str
     parts: tuple[Technique, ...] = ()
     factor: float = 1.0
+    matrices: float = 1.0
 
     @property
     def config(self) -> str:
         """The expression that ``pintpot`` takes."""
-        return expression(self.parts) or "torch AdamW"
+        return expression(self.parts) or self.name
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -81,13 +86,17 @@ class Way:
     def assemble(self, model: Any, workload: Train, rate: float, seed: int) -> Assembled:
         """The model dressed as the jobs do it, the method's own randomness from the same seed."""
         torch.manual_seed(seed)
+        if self.matrices != 1:
+            inside, outside = projected_groups(model)
+            groups = [{"params": inside["params"], "lr": rate * self.matrices}, {"params": outside["params"]}]
+            return Assembled(model=model, optimizer=torch.optim.AdamW(groups, lr=rate, weight_decay=0.0))
         seeded = [replace(p, seed=seed) if hasattr(p, "seed") else p for p in self.parts]
         return dress(model, Composition.of(seeded, workload.job), workload, Rates(rate, 0.0), seed=seed)
 
 
 def ways(workload: Train, hidden: int, layers: int) -> list[Way]:
     """AdamW, and every registered method that serves the job; fine-tuning also by LoRA, as peft has it."""
-    found = [Way("torch AdamW")]
+    found = [Way("torch AdamW"), *(Way(TWO_RATES.format(part), matrices=part) for part in (0.25, 0.03))]
     for name, kind in techniques("optim").items():
         pretrained = not (workload.job == "pretrain" and issubclass(kind, GradientFreeMethod))
         if workload.job in kind.facts.jobs and kind.facts.part in PARTS and pretrained:
@@ -123,7 +132,7 @@ def scaled(kind: type[Technique], hidden: int, layers: int, steps: int) -> Techn
 def chosen(found: Iterable[Way], only: str) -> list[Way]:
     """AdamW, and those named (all when none is)."""
     wanted = {name.strip() for name in only.split(",") if name.strip()}
-    return [way for way in found if not wanted or not way.parts or way.name in wanted]
+    return [way for way in found if not wanted or way.name in ("torch AdamW", *wanted)]
 
 
 def peers(hidden: int, steps: int) -> dict[str, tuple[str, Callable[[nn.Module, float], torch.optim.Optimizer]]]:

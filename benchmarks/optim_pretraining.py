@@ -216,7 +216,7 @@ def rows(result: Result, base: Result, size: Size) -> list[dict[str, Any]]:
         if of is mean:
             row["paper_value"] = paper[1] if paper else ""
             row["status"] = verdict(ratio, ratio * math.hypot(error(result.runs), error(base.runs)), paper)
-        if not result.way.parts:
+        if result.way.name == base.way.name:
             row["status"] = "baseline"
         made.append(row)
     return made
