@@ -54,7 +54,7 @@ class Point:
 def family(name: str) -> str:
     """Where a method belongs."""
     kind = techniques("optim").get(name)
-    if name == "torch AdamW":
+    if name.startswith("torch AdamW"):
         return "AdamW"
     if kind is None or kind.facts.part == "parameters":
         return "other parameters (LoRA and kin)"
@@ -84,7 +84,7 @@ def points() -> dict[str, list[Point]]:
             for name, measured in found[key].items()
             if {"optimizer state", "held-out perplexity"} <= set(measured)
         ]
-    return {title: panel for title, panel in panels.items() if any(p.family == "AdamW" for p in panel)}
+    return {title: panel for title, panel in panels.items() if any(p.name == "torch AdamW" for p in panel)}
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -103,7 +103,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 def draw(axes: Axes, title: str, panel: list[Point]) -> None:
     """One panel; names stand in a column at its right, each tied to its point."""
-    base = next(p for p in panel if p.family == "AdamW")
+    base = next(p for p in panel if p.name == "torch AdamW")
     finite = [min(p.perplexity, HIGHEST * base.perplexity) for p in panel]
     low, high = min(finite), max(finite)
     low, high = low - 0.04 * (high - low) - 1e-9, high + 0.04 * (high - low) + 1e-9
