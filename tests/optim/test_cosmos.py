@@ -10,7 +10,7 @@ from torch import nn
 from pintpot.core.errors import ShapeError
 from pintpot.jobs.training_state import flatten_state, unflatten_state
 from pintpot.optim import Cosmos
-from pintpot.optim._project import PowerSubspace
+from pintpot.optim._leading import PowerSubspace
 from pintpot.optim._residual import _orthogonal
 from tests.optim.test_projected import DECAY, LR, RANK, ByMatrix, run, start
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pintpot.core.errors import CompositionError, ShapeError, TrainingError
 from pintpot.optim import Apollo, ApolloMini, Fira, GaLore
-from pintpot.optim._project import LeadingSubspace
+from pintpot.optim._leading import LeadingSubspace
 from pintpot.optim._tensors import CHUNK_NUMEL, chunks, mix_seed
 
 GAP, RANK, STEPS, LR, DECAY = 7, 4, 20, 0.05, 0.1

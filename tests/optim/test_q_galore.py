@@ -12,7 +12,7 @@ from pintpot.core.slots import check
 from pintpot.jobs.training_state import flatten_state, unflatten_state
 from pintpot.kernels import unpack
 from pintpot.optim import QGaLore, QGaLoreRule
-from pintpot.optim._project import PackedSubspace
+from pintpot.optim._leading import PackedSubspace
 from pintpot.optim.adamw_4bit import FourBitStates
 
 GAP, RANK, GROUP, STEPS, LR = 2, 4, 48, 20, 0.05

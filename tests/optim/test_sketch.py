@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pintpot.optim import GaLore
-from pintpot.optim._project import LeadingSubspace
+from pintpot.optim._leading import LeadingSubspace
 from pintpot.optim._sketch import leading_vectors
 
 RANK = 8

@@ -72,6 +72,25 @@ class SumLinear(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class FactoredLinear(SumLinear):
+    """A linear layer with a product of two thin matrices among its terms, ``scale * left @ right``; it starts at zero.
+
+    Args:
+        linear: the layer it stands for.
+        rank: columns of the left matrix and rows of the right one, at most the smaller side.
+        alpha: numerator of the scale.
+        generator: to draw the right matrix from.
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D, rank: int, alpha: float, generator: torch.Generator | None) -> None:
+        super().__init__(linear)
+        matrix = matrix_of(linear)
+        rank = min(rank, *matrix.shape)
+        self.scale = alpha / rank
+        self.right = nn.Parameter(uniform((rank, self.in_features), matrix, generator))
+        self.left = nn.Parameter(matrix.new_zeros((self.out_features, rank)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameterization(Technique):
     """A technique that changes what is trained; any rule of the slot may train it."""

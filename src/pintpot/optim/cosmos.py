@@ -28,7 +28,8 @@ from pintpot.optim._base import ProjectedMethod
 from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import split_shape
 from pintpot.optim._inner import Inner, MomentumAdam
-from pintpot.optim._project import PowerSubspace, Project
+from pintpot.optim._leading import PowerSubspace
+from pintpot.optim._project import Project
 from pintpot.optim._residual import MuonRest, Residual
 
 

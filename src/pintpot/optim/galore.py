@@ -26,7 +26,8 @@ from pintpot.core.workload import Workload
 from pintpot.optim._base import ProjectedMethod
 from pintpot.optim._engine import ProjectedOptimizer
 from pintpot.optim._groups import split_shape
-from pintpot.optim._project import LeadingSubspace, Project
+from pintpot.optim._leading import LeadingSubspace
+from pintpot.optim._project import Project
 from pintpot.optim._residual import Drop, Residual
 
 

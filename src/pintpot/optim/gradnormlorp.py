@@ -30,7 +30,7 @@ from pintpot.core.technique import TRAINING, Claim, Source, Technique, technique
 from pintpot.core.workload import Workload
 from pintpot.optim._base import OptimMethod
 from pintpot.optim._groups import SMALLEST_SIDE
-from pintpot.optim._parameterize import Parameterization, SumLinear, matrix_of, uniform
+from pintpot.optim._parameterize import FactoredLinear, Parameterization, SumLinear, matrix_of
 from pintpot.optim.galore import GaLoreRule
 
 
@@ -109,7 +109,7 @@ class GradNormLoRP(Parameterization):
         return 0.008 * (8 / self.rank) ** 0.5
 
 
-class NormedLinear(SumLinear):
+class NormedLinear(FactoredLinear):
     """A linear layer of a frozen weight and two factors, its rows brought to trainable norms."""
 
     projected = ("left", "right")
@@ -117,17 +117,13 @@ class NormedLinear(SumLinear):
     squares: Tensor
 
     def __init__(self, linear: nn.Linear | Conv1D, method: GradNormLoRP, generator: torch.Generator | None) -> None:
-        super().__init__(linear)
+        super().__init__(linear, method.rank, method.alpha, generator)
         matrix = matrix_of(linear)
-        rank = min(method.rank, *matrix.shape)
-        self.scale = method.alpha / rank
         wide = torch.promote_types(matrix.dtype, torch.float32)
         norms = torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
         self.register_buffer("base", matrix)
         self.register_buffer("squares", norms.square())
         self.norms = nn.Parameter(norms.to(matrix.dtype))
-        self.right = nn.Parameter(uniform((rank, self.in_features), matrix, generator))
-        self.left = nn.Parameter(matrix.new_zeros((self.out_features, rank)))
 
     def dense(self) -> Tensor:
         """The sum with its rows at their norms."""

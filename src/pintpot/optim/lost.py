@@ -27,8 +27,9 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
+from pintpot.optim._leading import LeadingSubspace
 from pintpot.optim._parameterize import Parameterization, SumLinear, matrix_of, typical_side
-from pintpot.optim._project import LeadingSubspace, State
+from pintpot.optim._project import State
 from pintpot.optim._tensors import oriented
 
 

@@ -24,7 +24,8 @@ from pintpot.core.technique import TRAINING, Claim, Source, Technique, technique
 from pintpot.core.workload import Workload
 from pintpot.optim._base import ProjectedMethod
 from pintpot.optim._engine import ProjectedOptimizer
-from pintpot.optim._project import LeadingSubspace, Project
+from pintpot.optim._leading import LeadingSubspace
+from pintpot.optim._project import Project
 from pintpot.optim._residual import Drop, Residual
 from pintpot.optim._select import OutlierBlocks, Select
 

@@ -23,7 +23,8 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import TRAINING, Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.optim._engine import ProjectedOptimizer
-from pintpot.optim._project import PackedSubspace, Project
+from pintpot.optim._leading import PackedSubspace
+from pintpot.optim._project import Project
 from pintpot.optim.galore import GaLoreRule
 
 

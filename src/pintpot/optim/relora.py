@@ -27,7 +27,15 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.optim._parameterize import Parameterization, SumLinear, generator_for, matrix_of, typical_side, uniform
+from pintpot.optim._parameterize import (
+    FactoredLinear,
+    Parameterization,
+    SumLinear,
+    generator_for,
+    matrix_of,
+    typical_side,
+    uniform,
+)
 
 
 @technique(
@@ -84,19 +92,14 @@ class ReLora(Parameterization):
         return 0.06 * max(1.0, 0.25 * typical_side(shape) / self.rank)
 
 
-class MergingLinear(SumLinear):
+class MergingLinear(FactoredLinear):
     """A linear layer of a frozen weight and two factors."""
 
     base: Tensor
 
     def __init__(self, linear: nn.Linear | Conv1D, method: ReLora, generator: torch.Generator | None) -> None:
-        super().__init__(linear)
-        matrix = matrix_of(linear)
-        rank = min(method.rank, *matrix.shape)
-        self.scale = method.alpha / rank
-        self.register_buffer("base", matrix)
-        self.right = nn.Parameter(uniform((rank, self.in_features), matrix, generator))
-        self.left = nn.Parameter(matrix.new_zeros((self.out_features, rank)))
+        super().__init__(linear, method.rank, method.alpha, generator)
+        self.register_buffer("base", matrix_of(linear))
 
     def dense(self) -> Tensor:
         """The frozen weight and the product."""

@@ -28,7 +28,7 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.optim._parameterize import Parameterization, SumLinear, matrix_of, typical_side, uniform
+from pintpot.optim._parameterize import FactoredLinear, Parameterization, SumLinear, matrix_of, typical_side, uniform
 from pintpot.optim._tensors import has_values
 
 
@@ -96,23 +96,20 @@ class SLTrain(Parameterization):
         return 0.03 * max(1.0, 0.25 * typical_side(shape) / self.rank)
 
 
-class SparseLowRankLinear(SumLinear):
+class SparseLowRankLinear(FactoredLinear):
     """A linear layer of two factors and scattered entries."""
 
     places: Tensor
 
     def __init__(self, linear: nn.Linear | Conv1D, method: SLTrain, generator: torch.Generator | None) -> None:
-        super().__init__(linear)
+        super().__init__(linear, method.rank, method.alpha, generator)
         matrix = matrix_of(linear)
-        out, inside = matrix.shape
-        rank = min(method.rank, out, inside)
         count = int(method.density * matrix.numel())
-        self.scale = method.alpha / rank
-        self.right = nn.Parameter(uniform((rank, inside), matrix, generator))
-        left = matrix.new_zeros((out, rank)) if count else uniform((out, rank), matrix, generator)
-        self.left = nn.Parameter(left)
+        if not count:
+            # With nothing beside the product the weight would start at zero.
+            self.left = nn.Parameter(uniform(tuple(self.left.shape), matrix, generator))
         self.register_buffer("places", _places(matrix, count, generator))
-        bound = inside**-0.5
+        bound = self.in_features**-0.5
         self.entries = nn.Parameter(matrix.new_empty(count).uniform_(-bound, bound, generator=generator))
 
     def dense(self) -> Tensor:
