@@ -3,17 +3,30 @@
 import pytest
 import torch
 
+from pintpot.cache._base import Call, LayerSizes, Place, Seen
 from pintpot.cache.dense import Dense
 from pintpot.cache.lagkv import LagKV
 from pintpot.cache.layer import CacheLayer
+from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
 
 torch.set_num_threads(1)
 B, K, D = 2, 3, 8
+PLACE = Place(LayerSizes(K, D, D))
 
 
 def normal(tokens, seed=0):
     return torch.randn(B, K, tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(method, keys, values):
+    call = Call(module=torch.nn.Module(), query=keys[:, :, -1:])
+    decided, _ = method.decided(keys.shape[2])
+    return Seen(Tokens.consecutive(keys, values), decided, call.query, call, lambda: iter(()), PLACE)
+
+
+def choose(method, keys, values):
+    return method.choose(method.score(seen(method, keys, values)))
 
 
 def scores_by_definition(states, lag):
@@ -32,22 +45,22 @@ def test_scores_are_the_papers():
     method = LagKV(lag_tokens=16)
     keys, values = normal(16 * 5 + 3), normal(16 * 5 + 3, seed=1)
     expected = scores_by_definition(keys[:, :, :80], 16) + scores_by_definition(values[:, :, :80], 16)
-    torch.testing.assert_close(method.score(keys, values), expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.score(seen(method, keys, values)), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_scoring_in_parts_gives_the_same(monkeypatch):
     method = LagKV(lag_tokens=16)
     keys, values = normal(16 * 9), normal(16 * 9, seed=1)
-    whole = method.choose(keys, values)
+    whole = choose(method, keys, values)
     monkeypatch.setattr("pintpot.cache.lagkv.SCORE_TOKENS", 32)
-    assert torch.equal(method.choose(keys, values), whole)
+    assert torch.equal(choose(method, keys, values), whole)
 
 
 def test_a_token_that_stands_out_is_kept_and_a_plain_one_is_not():
     keys, values = normal(64), normal(64, seed=1)
     keys[:, 0, 5] *= torch.tensor([9.0, -9.0] * 4)
     keys[:, 1, 5] = values[:, 1, 5] = 0.0
-    chosen = LagKV(lag_tokens=32, kept_fraction=0.25).choose(keys, values)
+    chosen = choose(LagKV(lag_tokens=32, kept_fraction=0.25), keys, values)
     assert chosen.shape == (B, K, 8)
     assert (chosen[:, 0] == 5).any(dim=-1).all()
     assert not (chosen[:, 1] == 5).any()
@@ -59,15 +72,13 @@ def filled(method, keys, values, pieces):
     for count in pieces:
         new = slice(position, position + count)
         handle, _ = layer.update(keys[:, :, new], values[:, :, new])
-        if handle.keys is not None:
-            layer._settle(handle.keys, handle.values)
-            layer._waits = False
+        layer.attend(handle, Call(module=torch.nn.Module(), query=keys[:, :, new]))
         position += count
     return layer
 
 
 def held(layer):
-    return torch.cat([layer.state.whole()[0], layer.pending[0].view()], dim=2)
+    return torch.cat([layer.state.whole()[0], layer.pending.view(0).keys], dim=2)
 
 
 def test_sinks_and_recent_tokens_stay_and_the_rest_shrinks():
@@ -78,7 +89,7 @@ def test_sinks_and_recent_tokens_stay_and_the_rest_shrinks():
     assert kept.shape[2] == 4 + 5 * 4 + 16 + 5
     assert torch.equal(kept[:, :, :4], keys[:, :, :4])
     assert torch.equal(kept[:, :, -21:], keys[:, :, -21:])
-    chosen = method.choose(keys[:, :, 4:], values[:, :, 4:])
+    chosen = choose(method, keys[:, :, 4:], values[:, :, 4:])
     for b in range(B):
         for k in range(K):
             assert torch.equal(kept[b, k, 4:24], keys[b, k, 4:][chosen[b, k]])
@@ -95,7 +106,7 @@ def test_eviction_goes_on_the_same_way_however_tokens_come():
     assert torch.equal(held(at_once), held(mixed))
     counts = method.held(101)
     assert at_once.state.tokens == counts.stored
-    assert at_once.pending[0].tokens == counts.pending
+    assert at_once.pending.tokens == counts.pending
 
 
 def test_shrinking_keeps_less_every_time_down_to_one():

@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from pintpot.cache import stream
+from pintpot.cache._base import Call, LayerSizes, Place
 from pintpot.cache.dense import dense_chunks
 from pintpot.cache.kivi import KIVI
-from pintpot.cache.stream import Call, attend_chunks
+from pintpot.cache.stream import attend_chunks
+from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
 
 torch.set_num_threads(1)
 B, H, K, D = 2, 4, 2, 16
+CALL = Call(module=nn.Module(), query=torch.zeros(B, H, 1, D))
 
 
 def normal(*sizes, seed=0, dtype=torch.float32):
@@ -82,11 +85,11 @@ def test_masks(kind):
 @pytest.mark.parametrize("queries", [1, 20])
 def test_packed_chunks_equal_attention_to_the_numbers_they_stand_for(bits, queries):
     keys, values = normal(B, K, 700, D, seed=1), normal(B, K, 700, D, seed=2)
-    state = KIVI(bits=bits, group_size=32, residual_length=64).open()
-    state.append(keys, values)
-    numbers_k, numbers_v = (torch.cat(parts, dim=2) for parts in zip(*map(numbers, state.chunks()), strict=True))
+    state = KIVI(bits=bits, group_size=32, residual_length=64).open(Place(LayerSizes(K, D, D)))
+    state.append(Tokens.consecutive(keys, values))
+    numbers_k, numbers_v = (torch.cat(parts, dim=2) for parts in zip(*map(numbers, state.chunks(CALL)), strict=True))
     call = Call(module=nn.Module(), query=normal(B, H, queries, D), mask=None, scaling=0.25)
-    out = attend_chunks(call, list(state.chunks()), K)
+    out = attend_chunks(call, list(state.chunks(CALL)), K)
     expected = plain(call.query, numbers_k, numbers_v, causal(queries, 700), 0.25)
     torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
     assert (numbers_k - keys).abs().max() < 8 / 2**bits

@@ -8,8 +8,13 @@ from pintpot.cache.forecast import cache_bytes
 from pintpot.cache.kivi import KIVI
 from pintpot.cache.lagkv import LagKV
 from pintpot.cache.prefill import chunked_prefill
+from pintpot.cache.snapkv import SnapKV
 
-TECHNIQUES = ("kivi", "lagkv")
+TECHNIQUES = (
+    "kivi",
+    "lagkv",
+    "snapkv",
+)
 
 __all__ = [
     "KIVI",
@@ -19,6 +24,7 @@ __all__ = [
     "LagKV",
     "LayerSizes",
     "PintpotCache",
+    "SnapKV",
     "Store",
     "build_cache",
     "cache_bytes",

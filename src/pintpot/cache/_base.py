@@ -5,23 +5,25 @@ A layer of the cache holds, in time order::
     [ stored: sinks and survivors, in the Store's format ] [ pending: recent tokens, not yet decided on by the Keep ]
 
 New tokens are first attended to in full precision, then given over: without a ``Keep`` straight to the store, with one
-to the pending window, from which the keep chooses survivors. So tokens are evicted before they are packed, and what
-is packed is never unpacked to be packed again.
+to the pending window, from which the keep chooses survivors. So tokens are evicted before they are packed, each is
+judged once, and what is packed is never unpacked to be packed again.
 
-Shapes: B batch, K key-value heads, T tokens, D head dim (of keys or of values), M query rows of one key-value head.
-Keys and values (B, K, T, D), rotated already where the model rotates them.
+Shapes: B batch, H query heads, K key-value heads, T tokens, D head dim (of keys or of values), M query rows of one
+key-value head. Keys and values (B, K, T, D), rotated already where the model rotates them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pintpot.cache.rotary import Rotary
+from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Ledger
 from pintpot.core.shape import ModelShape
@@ -29,24 +31,102 @@ from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Workload
 
+GROW_TOKENS = 128
+"""A dense buffer grows by this many tokens: a copy of it every 128 tokens rather than every token."""
+
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What one layer of the cache holds for each token.
+    """What one layer of the cache holds for each token, and what it meets.
 
     Attributes:
         heads: key-value heads.
         key_dim: numbers in a key.
         value_dim: numbers in a value.
+        query_heads: query heads.
+        hidden: numbers in the input of the attention.
     """
 
     heads: int
     key_dim: int
     value_dim: int
+    query_heads: int = 0
+    hidden: int = 0
 
     def dense_bytes(self, tokens: int, batch: int, dtype: torch.dtype) -> int:
         """Bytes of ``tokens`` tokens of ``batch`` sequences, stored densely."""
         return tokens * batch * self.heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model a store is, and what it can count on.
+
+    Attributes:
+        sizes: of the layer.
+        index: the layer's number among the layers with full attention.
+        layers: how many of those there are.
+        recent_tokens: recent tokens that are in full precision elsewhere (pending in a keep), so that the store need
+            not keep a window of its own for them.
+        reserve_tokens: the most tokens that will come, where known: then nothing is ever moved to grow.
+        grow_tokens: what a dense buffer grows by.
+        consecutive: whether every token comes to the store, in order: then a token's position is its number there.
+        rotary: how the model rotates keys; None where it does not.
+        tensors: what calibration found for this layer.
+        below: gives the store of the layer below in a live cache; None in the lowest layer and in predictions.
+    """
+
+    sizes: LayerSizes
+    index: int = 0
+    layers: int = 1
+    recent_tokens: int = 0
+    reserve_tokens: int | None = None
+    grow_tokens: int = GROW_TOKENS
+    consecutive: bool = True
+    rotary: Rotary | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    below: Callable[[], StoreState] | None = None
+
+    def but(self, **changes: object) -> Place:
+        """The same place with some changes."""
+        return replace(self, **changes)  # type: ignore[arg-type]  # names and types as above
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of attention.
+
+    Attributes:
+        module: the model's attention module.
+        query: (B, H, S, D).
+        mask: None where every token sees all before it; (B, 1, 1, T) padding, to which causality is to be added;
+            or (B, 1 or H, S, T), complete. True (or 0.0) where a token is seen.
+        scaling: of the scores.
+        softcap: scores go through ``softcap * tanh(scores / softcap)``.
+        sinks: (H,), a score of each head that takes weight and gives nothing.
+        dropout: of the weights; only where fused attention does the work.
+        causal: whether a token sees only those before it.
+    """
+
+    module: nn.Module
+    query: Tensor
+    mask: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = True
+
+    @property
+    def queries(self) -> int:
+        """S."""
+        return self.query.shape[2]
+
+    @property
+    def adds_causality(self) -> bool:
+        """Whether causality is not in the mask, and matters."""
+        bare = self.mask is None or self.mask.shape[-2] == 1
+        return self.causal and self.queries > 1 and bare
 
 
 class Chunk(ABC):
@@ -76,12 +156,12 @@ class StoreState(ABC):
         """How many are stored."""
 
     @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, tokens: Tokens) -> None:
         """Store tokens behind those already there. Does not keep the tensors that it is given."""
 
     @abstractmethod
-    def chunks(self) -> Iterator[Chunk]:
-        """The stored tokens in order, in chunks of bounded size."""
+    def chunks(self, call: Call) -> Iterator[Chunk]:
+        """The stored tokens in order, in chunks of bounded size; or those of them that this call should attend to."""
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
@@ -126,6 +206,10 @@ class CacheTechnique(Technique):
 
         return predict_cache(self, ledger, shape, workload)
 
+    def calibration_bytes(self, place: Place, dtype: torch.dtype) -> int:
+        """Bytes that a layer holds of what was found beforehand: nothing, unless the technique is calibrated."""
+        return 0
+
     def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
         """Bytes read and operations done for one token with this cache, in place of the dense one's."""
         from pintpot.cache.forecast import cache_work
@@ -135,40 +219,40 @@ class CacheTechnique(Technique):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(CacheTechnique):
-    """How tokens are stored. ``exact`` stores give back what they were given, bit for bit."""
+    """How tokens are stored.
+
+    Attributes:
+        exact: gives back what it was given, bit for bit.
+        needs_inputs: wants the input of the attention beside its keys and values.
+        needs_rotary: wants to take the rotation off keys.
+        shared_tokens: "" where every head may keep tokens of its own; "heads" where all heads of a layer must hold
+            the same tokens, and "layers" where all layers must too.
+    """
 
     exact: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
+    shared_tokens: ClassVar[str] = ""
+
+    def granule(self, place: Place) -> int:
+        """Tokens by which a layer's bytes grow: layers that share tokens differ by multiples of so many."""
+        return 1
 
     @abstractmethod
-    def open(self, *, recent_tokens: int = 0, reserve_tokens: int | None = None) -> StoreState:
-        """An empty layer.
-
-        Args:
-            recent_tokens: recent tokens that are in full precision elsewhere (pending in a keep), so that the store
-                need not keep a window of its own for them.
-            reserve_tokens: the most tokens that will come, where known: then nothing is ever moved to grow.
-        """
+    def open(self, place: Place) -> StoreState:
+        """An empty layer."""
 
     @abstractmethod
-    def predict_bytes(
-        self,
-        tokens: int,
-        sizes: LayerSizes,
-        batch: int,
-        dtype: torch.dtype,
-        *,
-        recent_tokens: int = 0,
-        reserve_tokens: int | None = None,
-    ) -> int:
+    def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """Exactly what ``nbytes()`` of one layer will be after ``tokens`` tokens."""
 
     @abstractmethod
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Temporaries that attending to one chunk takes, beside scores."""
 
-    def decode_bytes(self, tokens: int, sizes: LayerSizes, batch: int, dtype: torch.dtype) -> int:
+    def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """Bytes moved when one token attends to ``tokens`` stored ones: each is read once unless overridden."""
-        return self.predict_bytes(tokens, sizes, batch, dtype)
+        return self.predict_bytes(tokens, place, batch, dtype)
 
 
 @dataclass(frozen=True)
@@ -184,8 +268,19 @@ class Keep(CacheTechnique):
     """What is kept: which of the pending tokens are decided on, and which of those survive.
 
     How many survive depends on counts alone, never on the tokens: sizes are known beforehand, and the same for every
-    head of a layer. Which ones may differ from head to head.
+    head of a layer (``LayerKeep`` divides the sum over the layers by what they see). Which ones may differ from head
+    to head.
+
+    Attributes:
+        traces: float32 numbers that it notes for every pending token of every head (``trace``).
     """
+
+    traces: ClassVar[int] = 0
+
+    @property
+    def observed_queries(self) -> int:
+        """Recent queries that scores are computed from."""
+        return 0
 
     @property
     @abstractmethod
@@ -207,33 +302,101 @@ class Keep(CacheTechnique):
         """Of so many pending tokens, how many of the oldest are decided on now, and how many of these survive."""
 
     @abstractmethod
-    def score(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Importance of the tokens that are decided on now: float32 (B, K, decided).
+    def score(self, seen: Seen) -> Tensor:
+        """Importance of the tokens that are decided on now: float32 (B, K, decided)."""
 
-        Args:
-            keys: all pending keys (B, K, T, D).
-            values: all pending values (B, K, T, D).
+    def trace(self, seen: Seen) -> Tensor:
+        """What is to be noted of the pending tokens, after each call: float32 (B, K, T, traces).
+
+        ``seen.tokens.trace`` is what was noted before, zeros for the new tokens; ``seen.call.query`` has the queries
+        of the new tokens.
         """
+        raise NotImplementedError
 
-    @abstractmethod
-    def choose(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Survivors among the tokens that are decided on now: int64 indices (B, K, survivors), rising.
-
-        Args:
-            keys: all pending keys (B, K, T, D).
-            values: all pending values (B, K, T, D).
-        """
+    def choose(self, scores: Tensor) -> Tensor:
+        """Survivors by their scores (B, K, decided): int64 indices (B, K, survivors), rising."""
+        _, survivors = self.decided(scores.shape[-1] + self.recent)
+        return top(scores, survivors)
 
     @abstractmethod
     def shrink(self) -> Iterator[Keep]:
         """This method keeping less and less, for fitting into a size; the first keeps as much as this one."""
-
-    def for_layer(self, layer: int, layers: int) -> Keep:
-        """The method as it applies to one of the layers; budget rules override this."""
-        return self
 
     def held(self, seen: int) -> Held:
         """Tokens stored and pending after ``seen`` tokens, however they came."""
         pending = max(0, seen - self.sinks)
         decided, survivors = self.decided(pending)
         return Held(min(seen, self.sinks) + survivors, pending - decided)
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` greatest along the last dimension, rising."""
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a keep decides by.
+
+    Attributes:
+        tokens: all pending tokens, the new ones behind; keys and values (B, K, T, D).
+        decided: of them, how many of the oldest are decided on now.
+        queries: the queries (B, H, W, D) of the last W tokens, W at most ``observed_queries``.
+        call: the attention that has just been computed.
+        stored: what is stored before them.
+        place: which layer.
+    """
+
+    tokens: Tokens
+    decided: int
+    queries: Tensor
+    call: Call
+    stored: Callable[[], Iterator[Chunk]]
+    place: Place
+
+    def attention(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the recent queries' attention weights come to, without ever holding them for all tokens.
+
+        Args:
+            reduce: of weights (B, K, R, W, N) for N tokens, R query heads of a key-value head; W may not stay.
+
+        Returns:
+            The results, one behind the other along their last dimension, over all T pending tokens. Weights are
+            exact: their sum over everything stored and pending (and the sinks of the model) is 1.
+        """
+        from pintpot.cache.observe import reduced_attention
+
+        return reduced_attention(self, self.queries, reduce)
+
+    def received(self, queries: Tensor | None = None) -> Tensor:
+        """The attention that each pending token receives from queries, summed over them: float32 (B, K, R, T).
+
+        Args:
+            queries: (B, H, S, D) of the last S tokens; those of the call where not given.
+        """
+        from pintpot.cache.observe import received_attention
+
+        return received_attention(self, self.call.query if queries is None else queries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKeep(Keep):
+    """A keep whose layers share what may be kept, each getting by what it sees.
+
+    The sum over the layers is what a ``Keep`` would keep, so sizes are known beforehand. While a prompt is read, the
+    layers below give back what the layers above turn out to need more; tokens go to the store when the last layer has
+    been read.
+    """
+
+    @abstractmethod
+    def preference(self, seen: Seen) -> float:
+        """How much this layer wants to keep: any number of at least 0; only ratios between layers count."""
+
+    def divide(self, total: int, preferences: list[float], most: int) -> list[int]:
+        """Tokens for each layer seen so far, by their preferences: at most ``most`` each, ``total`` in all.
+
+        In proportion unless overridden. May come to less than ``total`` only where ``most`` binds everywhere.
+        """
+        from pintpot.cache.cascade import proportional
+
+        return proportional(total, preferences, most)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -20,8 +20,9 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_tracing
 
-from pintpot.cache.layer import Handle
-from pintpot.cache.stream import Call, attend_dense
+from pintpot.cache._base import Call
+from pintpot.cache.layer import CacheLayer, Handle
+from pintpot.cache.stream import attend_dense
 from pintpot.core.errors import UnsupportedModel
 
 NAME = "pintpot_cache"
@@ -126,6 +127,20 @@ def install_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, cache_attention)
     AttentionMaskInterface.register(NAME, cache_mask)
     _set(model, NAME)
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and _show_inputs not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_show_inputs, with_kwargs=True)
+
+
+def _show_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show a layer of the cache what its attention is given, if its store wants to know."""
+    cache = kwargs.get("past_key_values")
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(cache, Cache) or index is None or index >= len(cache.layers):
+        return
+    layer = cache.layers[index]
+    if isinstance(layer, CacheLayer) and layer.store.needs_inputs:
+        layer.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 @contextmanager
@@ -141,6 +156,10 @@ def use_cache_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         _set(model, before)
+        for module in model.modules():
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _show_inputs]:
+                del hooks[key]
 
 
 def _set(model: PreTrainedModel, name: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,19 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from pintpot.cache._base import Keep, Store
+from pintpot.cache._base import Keep, LayerKeep, Store, StoreState
+from pintpot.cache.calibration import tensors_for
+from pintpot.cache.cascade import Cascade
 from pintpot.cache.dense import Dense
-from pintpot.cache.forecast import cache_bytes
+from pintpot.cache.forecast import cache_bytes, places_of, waiting_bytes
 from pintpot.cache.geometry import FULL, SLIDING, has_full_attention, layer_kinds
-from pintpot.cache.layer import CacheLayer, Limit, SlidingLayer
+from pintpot.cache.layer import Agreement, CacheLayer, Limit, SlidingLayer
+from pintpot.cache.rotary import rotary_of
 from pintpot.core.errors import BudgetError, CompositionError
 from pintpot.core.units import format_bytes
+
+PIECE_TOKENS = 512
+"""The most tokens that a cache of a given size reads at once, where what layers keep must wait for the layers above."""
 
 
 class PintpotCache(Cache):
@@ -88,18 +95,47 @@ def build_cache(
         tokens = tokens or _longest(config)
         numbers = dtype or (text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32)
         keep = fit(config, keep, store, budget_bytes=budget_bytes, tokens=tokens, batch=batch, dtype=numbers)
-        limit = Limit(tokens, batch, numbers.itemsize, budget_bytes)
+        piece = PIECE_TOKENS if isinstance(keep, LayerKeep) else None
+        limit = Limit(tokens, batch, numbers.itemsize, budget_bytes, piece)
     settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[1]
+    full = iter(_full_layers(config, keep, store or Dense(), limit, tokens, dtype))
     layers: list[Any] = []
-    for index, (layer, given) in enumerate(zip(kinds, settings, strict=True)):
+    for layer, given in zip(kinds, settings, strict=True):
         if layer.kind == FULL:
-            own = keep and keep.for_layer(index, len(kinds))
-            layers.append(CacheLayer(store or Dense(), own, limit=limit, reserve_tokens=tokens))
+            layers.append(next(full))
         elif layer.kind in SLIDING:
             layers.append(SlidingLayer(**given))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**given))
     return PintpotCache(layers, keep, store or Dense())
+
+
+def _full_layers(
+    config: PretrainedConfig,
+    keep: Keep | None,
+    store: Store,
+    limit: Limit | None,
+    tokens: int | None,
+    dtype: torch.dtype | None,
+) -> Iterator[CacheLayer]:
+    """The layers with full attention, in order."""
+    places = places_of(layer_kinds(config), keep, tokens)
+    same = store.shared_tokens == "layers" and keep is not None
+    if same and isinstance(keep, LayerKeep):
+        raise CompositionError(
+            f"{store.name} needs the same tokens in all layers, and {keep.name} keeps more in some than in others",
+            hint="keep by a share that is the same for all layers: snapkv, lagkv",
+        )
+    cascade = Cascade(keep, len(places), store.granule(places[0])) if isinstance(keep, LayerKeep) else None
+    agreement = Agreement() if same else None
+    rotary = rotary_of(config, FULL) if store.needs_rotary else None
+    below: Callable[[], StoreState] | None = None
+    found = zip(tensors_for(keep, config, dtype), tensors_for(store, config, dtype), strict=True)
+    for place, (of_keep, of_store) in zip(places, found, strict=True):
+        here = place.but(rotary=rotary, below=below, tensors={**of_keep, **of_store})
+        layer = CacheLayer(store, keep, here, limit=limit, cascade=cascade, agreement=agreement)
+        below = partial(getattr, layer, "stored")
+        yield layer
 
 
 def _longest(config: PretrainedConfig) -> int:
@@ -129,7 +165,8 @@ def fit(
     """
 
     def needed(chosen: Keep | None) -> int:
-        return cache_bytes(config, tokens, keep=chosen, store=store, batch=batch, dtype=dtype, reserve_tokens=tokens)
+        held = cache_bytes(config, tokens, keep=chosen, store=store, batch=batch, dtype=dtype, reserve_tokens=tokens)
+        return held + waiting_bytes(layer_kinds(config), min(tokens, PIECE_TOKENS), chosen, store, batch, dtype)
 
     candidates = [keep] if keep is None else keep.shrink()
     least = 0

@@ -12,10 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Chunk, LayerSizes, Store, StoreState
-
-GROW_TOKENS = 128
-"""A buffer grows by this many tokens: a copy of it every 128 tokens rather than every token."""
+from pintpot.cache._base import GROW_TOKENS, Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache.tokens import Buffer, Tokens
 
 CHUNK_TOKENS = 512
 """Dense tokens that streamed attention looks at together."""
@@ -50,63 +48,11 @@ def dense_chunks(keys: Tensor, values: Tensor, tokens: int = CHUNK_TOKENS) -> It
         yield DenseChunk(keys[..., start:stop, :], values[..., start:stop, :])
 
 
-class Buffer:
-    """Tokens of one tensor with room for more.
-
-    Attributes:
-        held: (B, K, capacity, D), or None before the first token.
-        tokens: how many of them are filled.
-    """
-
-    def __init__(self) -> None:
-        self.held: Tensor | None = None
-        self.tokens = 0
-
-    @property
-    def room(self) -> int:
-        """Tokens that can be written without growing."""
-        return 0 if self.held is None else self.held.shape[-2] - self.tokens
-
-    def allocate(self, like: Tensor, capacity: int) -> None:
-        """Room for ``capacity`` tokens like (B, K, ..., D), what is filled carried over."""
-        grown = like.new_empty((like.shape[0], like.shape[1], capacity, like.shape[-1]))
-        if self.held is not None and self.tokens:
-            grown[:, :, : self.tokens].copy_(self.view())
-        self.held = grown
-
-    def write(self, tokens: Tensor) -> None:
-        """Put tokens (B, K, T, D) behind those that are there; there must be room."""
-        count = tokens.shape[-2]
-        if self.held is not None and count:
-            self.held[:, :, self.tokens : self.tokens + count].copy_(tokens)
-            self.tokens += count
-
-    def view(self) -> Tensor:
-        """The filled tokens (B, K, T, D), not copied."""
-        if self.held is None:
-            raise ValueError("an empty buffer has no shape")
-        return self.held[:, :, : self.tokens]
-
-    def behind(self, tokens: Tensor) -> Tensor:
-        """The filled tokens with ``tokens`` behind them; not copied where there are none filled."""
-        return tokens if not self.tokens else torch.cat([self.view(), tokens], dim=-2)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """What is held."""
-        if self.held is not None:
-            yield self.held
-
-    def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by ``change`` of it."""
-        if self.held is not None:
-            self.held = change(self.held)
-
-
 class DenseState(StoreState):
     """Dense tokens of one layer, in one buffer each for keys and values."""
 
-    def __init__(self, reserve_tokens: int | None = None) -> None:
-        self.reserve_tokens = reserve_tokens
+    def __init__(self, reserve_tokens: int | None = None, grow_tokens: int = GROW_TOKENS) -> None:
+        self.reserve_tokens, self.grow_tokens = reserve_tokens, grow_tokens
         self.keys = Buffer()
         self.values = Buffer()
 
@@ -115,19 +61,19 @@ class DenseState(StoreState):
         """See ``StoreState.tokens``."""
         return self.keys.tokens
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, tokens: Tokens) -> None:
         """See ``StoreState.append``."""
-        for buffer, new in ((self.keys, keys), (self.values, values)):
+        for buffer, new in ((self.keys, tokens.keys), (self.values, tokens.values)):
             needed = buffer.tokens + new.shape[-2]
             if buffer.held is None or buffer.room < new.shape[-2]:
-                buffer.allocate(new, capacity(needed, self.reserve_tokens))
+                buffer.allocate(new, capacity(needed, self.reserve_tokens, self.grow_tokens))
             buffer.write(new)
 
     def whole(self) -> tuple[Tensor, Tensor] | None:
         """See ``StoreState.whole``."""
         return self.keys.view(), self.values.view()
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, call: Call) -> Iterator[Chunk]:
         """See ``StoreState.chunks``."""
         if self.tokens:
             yield from dense_chunks(self.keys.view(), self.values.view())
@@ -148,9 +94,9 @@ class DenseState(StoreState):
             buffer.tokens = max(0, buffer.tokens - tokens)
 
 
-def capacity(tokens: int, reserve_tokens: int | None) -> int:
+def capacity(tokens: int, reserve_tokens: int | None, grow_tokens: int = GROW_TOKENS) -> int:
     """Tokens that a buffer has room for when it holds ``tokens``."""
-    rounded = -(-tokens // GROW_TOKENS) * GROW_TOKENS
+    rounded = -(-tokens // grow_tokens) * grow_tokens
     return rounded if reserve_tokens is None else max(reserve_tokens, tokens)
 
 
@@ -160,27 +106,19 @@ class Dense(Store):
 
     exact: ClassVar[bool] = True
 
-    def open(self, *, recent_tokens: int = 0, reserve_tokens: int | None = None) -> DenseState:
+    def open(self, place: Place) -> DenseState:
         """See ``Store.open``."""
-        return DenseState(reserve_tokens)
+        return DenseState(place.reserve_tokens, place.grow_tokens)
 
-    def predict_bytes(
-        self,
-        tokens: int,
-        sizes: LayerSizes,
-        batch: int,
-        dtype: torch.dtype,
-        *,
-        recent_tokens: int = 0,
-        reserve_tokens: int | None = None,
-    ) -> int:
+    def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.predict_bytes``."""
-        return sizes.dense_bytes(capacity(tokens, reserve_tokens), batch, dtype) if tokens else 0
+        room = capacity(tokens, place.reserve_tokens, place.grow_tokens)
+        return place.sizes.dense_bytes(room, batch, dtype) if tokens else 0
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Keys or values of a chunk in float32."""
         return CHUNK_TOKENS * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim) * 4
 
-    def decode_bytes(self, tokens: int, sizes: LayerSizes, batch: int, dtype: torch.dtype) -> int:
+    def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.decode_bytes``; spare capacity is not read."""
-        return sizes.dense_bytes(tokens, batch, dtype)
+        return place.sizes.dense_bytes(tokens, batch, dtype)

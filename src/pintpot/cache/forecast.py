@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from pintpot.cache._base import CacheTechnique, Keep, LayerSizes, Store
+from pintpot.cache._base import GROW_TOKENS, CacheTechnique, Keep, LayerKeep, LayerSizes, Place, Store
 from pintpot.cache.dense import Dense
 from pintpot.cache.geometry import FULL, SLIDING, LayerKind, has_full_attention, layer_kinds
 from pintpot.core.expression import expression, parse
@@ -64,34 +64,66 @@ def _bytes_of(
     dtype: torch.dtype,
     reserve_tokens: int | None,
 ) -> int:
-    return sum(
-        layer_bytes(kind, tokens, keep and keep.for_layer(index, len(kinds)), store, batch, dtype, reserve_tokens)
-        for index, kind in enumerate(kinds)
-    )
+    places = iter(places_of(kinds, keep, reserve_tokens))
+    total = 0
+    for layer in kinds:
+        if layer.kind == FULL:
+            total += layer_bytes(next(places), tokens, keep, store or Dense(), batch, dtype)
+        elif layer.kind in SLIDING and layer.window is not None:
+            total += layer.sizes.dense_bytes(min(tokens, layer.window - 1), batch, dtype)
+    return total
 
 
-def layer_bytes(
-    layer: LayerKind,
-    tokens: int,
-    keep: Keep | None,
-    store: Store | None,
-    batch: int,
-    dtype: torch.dtype,
-    reserve_tokens: int | None,
-) -> int:
-    """Bytes of one layer after ``tokens`` tokens."""
-    if layer.kind in SLIDING and layer.window is not None:
-        return layer.sizes.dense_bytes(min(tokens, layer.window - 1), batch, dtype)
-    if layer.kind != FULL or not tokens:
+def places_of(kinds: Sequence[LayerKind], keep: Keep | None, reserve_tokens: int | None) -> list[Place]:
+    """The places of the layers with full attention, as this keep leaves them to a store."""
+    full = [layer for layer in kinds if layer.kind == FULL]
+    shares = isinstance(keep, LayerKeep)
+    reserve = reserve_tokens if keep is None or reserve_tokens is None else keep.held(reserve_tokens).stored
+    return [
+        Place(
+            layer.sizes,
+            index,
+            len(full),
+            recent_tokens=0 if keep is None else keep.recent,
+            # How much a layer will get is not known beforehand where layers share.
+            reserve_tokens=None if shares else reserve,
+            grow_tokens=1 if shares else GROW_TOKENS,
+            consecutive=keep is None,
+        )
+        for index, layer in enumerate(full)
+    ]
+
+
+def layer_bytes(place: Place, tokens: int, keep: Keep | None, store: Store, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of one layer with full attention after ``tokens`` tokens."""
+    if not tokens:
         return 0
-    store = store or Dense()
+    fitted = sum(t.calibration_bytes(place, dtype) for t in (keep, store) if t is not None)
     if keep is None:
-        return store.predict_bytes(tokens, layer.sizes, batch, dtype, reserve_tokens=reserve_tokens)
-    reserve = None if reserve_tokens is None else keep.held(reserve_tokens).stored
-    stored = store.predict_bytes(
-        keep.held(tokens).stored, layer.sizes, batch, dtype, recent_tokens=keep.recent, reserve_tokens=reserve
+        return fitted + store.predict_bytes(tokens, place, batch, dtype)
+    sizes = place.sizes
+    stored = fitted + store.predict_bytes(keep.held(tokens).stored, place, batch, dtype)
+    queries = keep.observed_queries * sizes.query_heads * sizes.key_dim * dtype.itemsize
+    inputs = sizes.hidden * dtype.itemsize if store.needs_inputs else 0
+    pending = keep.most_pending * (inputs + sizes.heads * keep.traces * 4)
+    return stored + sizes.dense_bytes(keep.most_pending, batch, dtype) + batch * (pending + queries)
+
+
+def waiting_bytes(
+    kinds: Sequence[LayerKind], tokens: int, keep: Keep | None, store: Store | None, batch: int, dtype: torch.dtype
+) -> int:
+    """Bytes of what waits densely, at most, while ``tokens`` tokens are read at once and layers share."""
+    if not isinstance(keep, LayerKeep):
+        return 0
+    _, survivors = keep.decided(tokens + keep.most_pending)
+    needs_inputs = store is not None and store.needs_inputs
+    inputs = dtype.itemsize if needs_inputs else 0
+    return sum(
+        layer.sizes.dense_bytes(survivors, batch, dtype)
+        + survivors * batch * (layer.sizes.hidden * inputs + layer.sizes.heads * (4 * keep.traces + 4))
+        for layer in kinds
+        if layer.kind == FULL
     )
-    return stored + layer.sizes.dense_bytes(keep.most_pending, batch, dtype)
 
 
 def parts_of(text: str, *more: CacheTechnique) -> tuple[Keep | None, Store | None]:
@@ -123,7 +155,8 @@ def predict_cache(technique: CacheTechnique, ledger: Ledger, shape: ModelShape, 
     def at_least(moment: Moment) -> Moment:
         return moment.with_bytes(Account.WORKSPACE, max(workspace, moment.of(Account.WORKSPACE)))
 
-    ledger = ledger.set(Account.KV_CACHE, bytes_after(workload.prompt_tokens), phases=("prefill",))
+    waits = waiting_bytes(_kinds_of(shape), workload.prompt_tokens, keep, store, workload.batch, shape.dtype)
+    ledger = ledger.set(Account.KV_CACHE, bytes_after(workload.prompt_tokens) + waits, phases=("prefill",))
     ledger = ledger.set(Account.KV_CACHE, bytes_after(most - 1), phases=("decode",)).edit(at_least, ("decode",))
     noted = expression(t for t in (keep, store) if t is not None)
     return replace(ledger, facts={**ledger.facts, FACT: noted})
@@ -139,7 +172,7 @@ def cache_work(technique: CacheTechnique, work: Work, shape: ModelShape, workloa
     dense = sizes.dense_bytes(tokens, workload.batch, shape.dtype)
     prompt = sizes.dense_bytes(workload.prompt_tokens, workload.batch, torch.float32)
     if isinstance(technique, Store):
-        decode = technique.decode_bytes(tokens, sizes, workload.batch, shape.dtype)
+        decode = technique.decode_bytes(tokens, Place(sizes, layers=layers), workload.batch, shape.dtype)
         prefill = prompt * 6
     elif isinstance(technique, Keep):
         held = technique.held(tokens)

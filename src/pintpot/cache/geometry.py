@@ -50,7 +50,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[LayerKind, ...]:
         )
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    sizes = LayerSizes(key_value_heads, head_dim, head_dim)
+    sizes = LayerSizes(key_value_heads, head_dim, head_dim, heads, text.hidden_size)
     types, settings = get_layer_types_and_kwargs(text)
     return tuple(
         LayerKind(kind, sizes, given.get("sliding_window")) for kind, given in zip(types, settings, strict=True)

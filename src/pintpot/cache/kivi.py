@@ -5,8 +5,9 @@ Source:    Liu et al. 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantization fo
 Differs:   values leave the window a group at a time instead of one token at a time (it holds residual_length to
            residual_length + group_size - 1 of them); scale and least value take two bytes each; where the head dim is
            no multiple of group_size, the values' groups are its largest divisor below.
-Saves:     kv_cache, real: bits + 32 / group_size bits for each number outside the window. Storage grows in blocks of
-           256 tokens. Attending makes one block dense at a time; packing a prompt needs one block's temporaries.
+Saves:     kv_cache, real: bits + 32 / group_size bits for each number outside the window. Storage grows by
+           groups of tokens, copied until a block of 256 is full. Attending makes one block dense at a time; packing a
+           prompt needs one block's temporaries.
 Shapes:    keys packed (B, K, D, tokens / G, bytes), values packed (B, K, tokens, bytes); see packed.py.
 Composes:  any keep: survivors are packed when the keep lets them go, and the keep's pending window stands for ours.
 Use when:  long contexts or large batches; 4 bits cost almost nothing, 2 bits little in larger models.
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Chunk, LayerSizes, Store, StoreState
-from pintpot.cache.dense import Buffer, DenseChunk
+from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache.dense import DenseChunk
 from pintpot.cache.geometry import has_full_attention
 from pintpot.cache.packed import BLOCK_TOKENS, Block, BlockChunk, Layout
+from pintpot.cache.tokens import Buffer, Tokens
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
@@ -86,28 +88,23 @@ class KIVI(Store):
         missing = max(0, self.residual_length - recent_tokens)
         return -(-missing // self.group_size) * self.group_size
 
-    def open(self, *, recent_tokens: int = 0, reserve_tokens: int | None = None) -> KIVIState:
-        """See ``Store.open``. Nothing is ever moved to grow, so nothing need be reserved."""
-        return KIVIState(self, self.window(recent_tokens))
+    def granule(self, place: Place) -> int:
+        """See ``Store.granule``: keys are packed when the window is full."""
+        return Split.of(self.window(place.recent_tokens), self.group_size).unit
 
-    def predict_bytes(
-        self,
-        tokens: int,
-        sizes: LayerSizes,
-        batch: int,
-        dtype: torch.dtype,
-        *,
-        recent_tokens: int = 0,
-        reserve_tokens: int | None = None,
-    ) -> int:
+    def open(self, place: Place) -> KIVIState:
+        """See ``Store.open``. Nothing is ever moved to grow beyond a block, so nothing need be reserved."""
+        return KIVIState(self, self.window(place.recent_tokens))
+
+    def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.predict_bytes``."""
         if not tokens:
             return 0
-        split = Split.of(self.window(recent_tokens), self.group_size)
+        sizes = place.sizes
+        split = Split.of(self.window(place.recent_tokens), self.group_size)
         window = (split.key_room * sizes.key_dim + split.value_room * sizes.value_dim) * sizes.heads * dtype.itemsize
-        block = self.layout(sizes.value_dim).block_bytes(sizes.heads, sizes.key_dim, sizes.value_dim)
-        blocks = -(-split.packed_keys(tokens) // BLOCK_TOKENS)
-        return batch * (window + blocks * block)
+        packed = self.layout(sizes.value_dim).packed_bytes(split.packed_keys(tokens), sizes)
+        return batch * (window + packed)
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Codes and numbers of one block, keys or values; or the window, put together with late keys and new tokens."""
@@ -115,14 +112,14 @@ class KIVI(Store):
         window = (self.residual_length + self.group_size) * 4 * 6
         return max(block, window) * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim)
 
-    def decode_bytes(self, tokens: int, sizes: LayerSizes, batch: int, dtype: torch.dtype) -> int:
+    def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.decode_bytes``.
 
         Each code is unpacked (written, read), made a number, scaled, shifted and used: about seven passes over
         four bytes.
         """
-        numbers = sizes.dense_bytes(tokens, batch, torch.float32) // 4
-        return self.predict_bytes(tokens, sizes, batch, dtype) + numbers * (2 + 7 * 4)
+        numbers = place.sizes.dense_bytes(tokens, batch, torch.float32) // 4
+        return self.predict_bytes(tokens, place, batch, dtype) + numbers * (2 + 7 * 4)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From the table; the groups' size changes it as the square of their number's range, roughly."""
@@ -200,15 +197,20 @@ class KIVIState(StoreState):
         """Values in blocks."""
         return self.split.packed_values(self.tokens)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, tokens: Tokens) -> None:
         """See ``StoreState.append``."""
+        keys, values = tokens.keys, tokens.values
         keys_before, values_before = self.packed_keys, self.packed_values
         if self.keys.held is None:
             self.keys.allocate(keys, self.split.key_room)
             self.values.allocate(values, self.split.value_room)
         self._tokens += keys.shape[-2]
-        while len(self.blocks) * BLOCK_TOKENS < self.packed_keys:
-            self.blocks.append(Block(keys, values, self.method.layout(values.shape[-1])))
+        while (missing := self.packed_keys - BLOCK_TOKENS * len(self.blocks)) > 0:
+            if self.blocks:
+                self.blocks[-1].grow_(BLOCK_TOKENS)
+            self.blocks.append(Block(keys, values, self.method.layout(values.shape[-1]), min(missing, BLOCK_TOKENS)))
+        if self.blocks:
+            self.blocks[-1].grow_(self.packed_keys - BLOCK_TOKENS * (len(self.blocks) - 1))
         self._move(self.keys, keys, keys_before, self.packed_keys, Block.write_keys)
         self._move(self.values, values, values_before, self.packed_values, Block.write_values)
 
@@ -230,7 +232,7 @@ class KIVIState(StoreState):
         window.tokens = 0
         window.write(waiting[:, :, stop - start :])
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, call: Call) -> Iterator[Chunk]:
         """See ``StoreState.chunks``: whole blocks, then the tokens whose values are not packed yet."""
         packed = self.packed_values
         for index in range(-(-packed // BLOCK_TOKENS)):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from pintpot.cache._base import Chunk, Keep, Store, StoreState
-from pintpot.cache.dense import Buffer, DenseChunk, dense_chunks
-from pintpot.cache.stream import Call, attend_chunks, attend_dense
+from pintpot.cache._base import Call, Chunk, Keep, LayerSizes, Place, Seen, Store, StoreState
+from pintpot.cache.cascade import Cascade
+from pintpot.cache.dense import DenseChunk, dense_chunks
+from pintpot.cache.stream import attend_chunks, attend_dense
+from pintpot.cache.tokens import Buffer, Pending, Tokens
 from pintpot.core.errors import BudgetError, CompositionError
 
 MERGE_TOKENS = 1024
@@ -28,14 +31,16 @@ class Limit:
         batch: the most sequences.
         itemsize: bytes of a number.
         budget_bytes: the size it was given.
+        piece_tokens: the most tokens that may be read at once, where more of them would wait densely.
     """
 
     tokens: int
     batch: int
     itemsize: int
     budget_bytes: int
+    piece_tokens: int | None = None
 
-    def check(self, tokens: int, batch: int, itemsize: int) -> None:
+    def check(self, tokens: int, batch: int, itemsize: int, piece: int = 1) -> None:
         """Refuse what would not fit.
 
         Raises:
@@ -51,6 +56,13 @@ class Limit:
                     f"the cache of {self.budget_bytes} bytes was sized for {most} {name}, and {got} came",
                     hint="build it with the tokens, batch and dtype that it will meet",
                 )
+        if self.piece_tokens is not None and piece > self.piece_tokens:
+            raise BudgetError(
+                f"the cache of {self.budget_bytes} bytes takes at most {self.piece_tokens} tokens at once, "
+                f"and {piece} came",
+                hint=f"read the prompt in pieces: generate(..., prefill_chunk_size={self.piece_tokens}), or "
+                "pintpot.cache.chunked_prefill",
+            )
 
 
 class Handle:
@@ -58,16 +70,14 @@ class Handle:
 
     Attributes:
         layer: whose tokens are meant.
-        keys: new keys (B, K, S, D) that the layer does not hold yet, or None.
-        values: their values, or None.
+        tokens: new tokens that the layer does not hold yet, or None.
     """
 
-    __slots__ = ("keys", "layer", "values")
+    __slots__ = ("layer", "tokens")
 
-    def __init__(self, layer: CacheLayer, keys: Tensor | None, values: Tensor | None) -> None:
+    def __init__(self, layer: CacheLayer, tokens: Tokens | None) -> None:
         self.layer = layer
-        self.keys = keys
-        self.values = values
+        self.tokens = tokens
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -79,6 +89,13 @@ class Handle:
         )
 
 
+class Agreement:
+    """What the lowest layer has chosen, for stores in which all layers hold the same tokens."""
+
+    def __init__(self) -> None:
+        self.chosen: Tensor | None = None
+
+
 class CacheLayer(CacheLayerMixin):
     """Keep x store for one attention layer.
 
@@ -88,8 +105,13 @@ class CacheLayer(CacheLayerMixin):
     Args:
         store: how tokens are stored.
         keep: what is kept; None keeps everything.
+        place: which layer of which model, with the recent tokens and the reserve that suit the keep.
         limit: what the cache was sized for, if it has a size.
-        reserve_tokens: the most tokens that will be seen, where known.
+        cascade: the layers among which a ``LayerKeep`` divides.
+        agreement: the layers that hold the same tokens, if the store needs that.
+
+    Attributes:
+        inputs: what attention was given for the tokens that come next, (B, S, hidden), where the store needs it.
     """
 
     is_sliding = False
@@ -100,45 +122,68 @@ class CacheLayer(CacheLayerMixin):
         self,
         store: Store,
         keep: Keep | None = None,
+        place: Place | None = None,
         *,
         limit: Limit | None = None,
-        reserve_tokens: int | None = None,
+        cascade: Cascade | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         super().__init__()
         self.store, self.keep, self.limit = store, keep, limit
-        self.reserve_tokens = reserve_tokens
+        self.place = place
+        self.cascade, self.agreement = cascade, agreement
         self._clear()
 
     def _clear(self) -> None:
-        recent = 0 if self.keep is None else self.keep.recent
-        reserve = self.reserve_tokens
-        if reserve is not None and self.keep is not None:
-            reserve = self.keep.held(reserve).stored
-        self.state: StoreState = self.store.open(recent_tokens=recent, reserve_tokens=reserve)
-        self.pending = (Buffer(), Buffer())
+        self.state: StoreState | None = None
+        self.pending = Pending()
+        self.queries = Buffer()
+        self.inputs: Tensor | None = None
         self.seen = 0
         self.batch_size = -1
         self.is_initialized = False
         self._waits = False
+        if self.cascade is not None:
+            self.cascade.clear()
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # a class attribute there
         """Only what is stored as it was can be taken back."""
         return self.keep is None and self.store.exact
 
+    @property
+    def stored(self) -> StoreState:
+        """What is stored; empty before the first token.
+
+        Raises:
+            ValueError: before the first token.
+        """
+        if self.state is None:
+            raise ValueError("nothing has come yet")
+        return self.state
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note the sizes of what comes.
 
         Raises:
             BudgetError: when the cache was sized for fewer sequences or smaller numbers.
+            CompositionError: when the cache was made for another model.
         """
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.heads = key_states.shape[:2]
+        sizes = LayerSizes(self.heads, key_states.shape[-1], value_states.shape[-1])
+        if self.place is None:
+            self.place = Place(sizes)
+        own = self.place.sizes
+        if (own.heads, own.key_dim, own.value_dim) != (sizes.heads, sizes.key_dim, sizes.value_dim):
+            raise CompositionError(
+                f"the cache was made for another model: {own.heads} heads of {own.key_dim} and {own.value_dim} numbers "
+                f"were expected, and {sizes.heads} of {sizes.key_dim} and {sizes.value_dim} came",
+                hint="build it from the configuration of the model that uses it",
+            )
         if self.limit is not None:
             self.limit.check(0, self.batch_size, self.dtype.itemsize)
-        if self.keep is not None:
-            for buffer, like in zip(self.pending, (key_states, value_states), strict=True):
-                buffer.allocate(like, self.keep.most_pending)
+        self.state = self.store.open(self.place)
         self.is_initialized = True
 
     def update(  # type: ignore[override]  # a handle stands for the tensors
@@ -157,25 +202,38 @@ class CacheLayer(CacheLayerMixin):
             )
         count = key_states.shape[-2]
         if self.limit is not None:
-            self.limit.check(self.seen + count, key_states.shape[0], key_states.element_size())
+            self.limit.check(self.seen + count, key_states.shape[0], key_states.element_size(), count)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.seen += count
+        first, self.seen = self.seen, self.seen + count
+        tokens = Tokens.consecutive(key_states, value_states, first, self._inputs())
         if self.keep is None and self.store.exact:
-            self.state.append(key_states, value_states)
-            handle = Handle(self, None, None)
-        elif self.keep is not None and self._pending_has_room(count):
-            self.pending[0].write(key_states)
-            self.pending[1].write(value_states)
-            handle = Handle(self, None, None)
+            self.stored.append(tokens)
+            handle = Handle(self, None)
+        elif self._pending_has_room(count):
+            self.pending.write(tokens)
+            handle = Handle(self, None)
         else:
-            handle = Handle(self, key_states, value_states)
+            handle = Handle(self, tokens)
             self._waits = True
         return handle, handle
 
+    def _inputs(self) -> Tensor | None:
+        if not self.store.needs_inputs:
+            return None
+        if self.inputs is None:
+            raise CompositionError(
+                f"{self.store.name} stores what attention is given, which this model's attention does not show",
+                hint="generate inside `with pintpot.cache.use_cache_attention(model):`, or use another store",
+            )
+        inputs, self.inputs = self.inputs[:, None], None
+        return inputs
+
     def _pending_has_room(self, count: int) -> bool:
-        enough = self.keep is not None and self.state.tokens >= self.keep.sinks
-        return enough and self.pending[0].room >= count
+        """Whether new tokens can wait without any decision or note."""
+        if self.keep is None or self.keep.traces:
+            return False
+        return self.stored.tokens >= self.keep.sinks and self.pending.room >= count
 
     def attend(self, handle: Handle, call: Call) -> Tensor:
         """Attention of new tokens to all that are held, themselves included: (B, S, H, D).
@@ -188,23 +246,33 @@ class CacheLayer(CacheLayerMixin):
                 f"{self.keep.name} evicts tokens, and cannot with a padded batch or a custom attention mask",
                 hint="run prompts of equal length together, or one at a time",
             )
-        if handle.keys is None or handle.values is None:
-            whole = self.state.whole() if self.keep is None else None
-            return attend_dense(call, *whole) if whole is not None else self._stream(call, None, None)
-        if self.seen == handle.keys.shape[-2]:
-            out = attend_dense(call, handle.keys, handle.values)
+        self._remember(call.query)
+        if handle.tokens is None:
+            whole = self.stored.whole() if self.keep is None else None
+            return attend_dense(call, *whole) if whole is not None else self._stream(call, None)
+        if self.seen == handle.tokens.count:
+            out = attend_dense(call, handle.tokens.keys, handle.tokens.values)
         else:
-            out = self._stream(call, handle.keys, handle.values)
-        self._settle(handle.keys, handle.values)
-        handle.keys = handle.values = None
+            out = self._stream(call, handle.tokens)
+        self._settle(handle.tokens, call)
+        handle.tokens = None
         self._waits = False
         return out
 
-    def _stream(self, call: Call, keys: Tensor | None, values: Tensor | None) -> Tensor:
-        chunks: list[Chunk] = list(self.state.chunks())
-        if self.pending[0].tokens:
-            chunks += dense_chunks(self.pending[0].view(), self.pending[1].view())
-        if keys is not None and values is not None:
+    def _remember(self, query: Tensor) -> None:
+        if self.keep is None or not self.keep.observed_queries:
+            return
+        if self.queries.held is None:
+            self.queries.allocate(query, self.keep.observed_queries)
+        self.queries.slide(query)
+
+    def _stream(self, call: Call, tokens: Tokens | None) -> Tensor:
+        chunks: list[Chunk] = list(self.stored.chunks(call))
+        if self.pending.tokens:
+            waiting = self.pending.view(0)
+            chunks += dense_chunks(waiting.keys, waiting.values)
+        if tokens is not None:
+            keys, values = tokens.keys, tokens.values
             end = chunks[-1] if chunks else None
             if isinstance(end, DenseChunk) and end.tokens + keys.shape[-2] <= MERGE_TOKENS:
                 chunks[-1] = DenseChunk(
@@ -214,30 +282,62 @@ class CacheLayer(CacheLayerMixin):
                 chunks += dense_chunks(keys, values)
         return attend_chunks(call, chunks, self.heads)
 
-    def _settle(self, keys: Tensor, values: Tensor) -> None:
+    def _settle(self, tokens: Tokens, call: Call) -> None:
         """Give tokens over: to the store, or to the pending window with the keep's decision on it."""
         if self.keep is None:
-            self.state.append(keys, values)
+            self.stored.append(tokens)
             return
-        first = min(max(0, self.keep.sinks - self.state.tokens), keys.shape[-2])
+        if self.keep.traces:
+            notes = (*tokens.keys.shape[:3], self.keep.traces)
+            tokens = tokens.with_trace(tokens.keys.new_zeros(notes, dtype=torch.float32))
+        if not self.pending.is_allocated:
+            self.pending.allocate(tokens, self.keep.most_pending)
+        first = min(max(0, self.keep.sinks - self.stored.tokens), tokens.count)
         if first:
-            self.state.append(keys[:, :, :first], values[:, :, :first])
-            keys, values = keys[:, :, first:], values[:, :, first:]
-        decided, _ = self.keep.decided(self.pending[0].tokens + keys.shape[-2])
-        if decided:
-            keys, values = self.pending[0].behind(keys), self.pending[1].behind(values)
-            chosen = self.keep.choose(keys, values)
-            self.state.append(_gather(keys, chosen), _gather(values, chosen))
-            keys, values = keys[:, :, decided:], values[:, :, decided:]
-            self.pending[0].tokens = self.pending[1].tokens = 0
-        self.pending[0].write(keys)
-        self.pending[1].write(values)
+            self.stored.append(tokens.part(0, first))
+            tokens = tokens.part(first)
+        count = self.pending.tokens + tokens.count
+        decided, _ = self.keep.decided(count)
+        if decided or self.keep.traces:
+            tokens = self._decide(self.pending.behind(tokens, self.seen - count), decided, call)
+            self.pending.clear()
+        self.pending.write(tokens)
+
+    def _decide(self, tokens: Tokens, decided: int, call: Call) -> Tokens:
+        """Store the survivors among the oldest ``decided`` of the pending tokens; gives the others, notes taken."""
+        keep = cast(Keep, self.keep)
+        queries = self.queries.view() if keep.observed_queries else call.query
+        seen = Seen(tokens, decided, queries, call, partial(self.stored.chunks, call), cast(Place, self.place))
+        if keep.traces and tokens.count:
+            seen = replace(seen, tokens=tokens.with_trace(keep.trace(seen)))
+        if decided and self.cascade is not None:
+            self.cascade.offer(self.stored.append, seen, self._scores(seen))
+        elif decided:
+            self.stored.append(seen.tokens.gather(self._chosen(seen)))
+        return seen.tokens.part(decided)
+
+    def _scores(self, seen: Seen) -> Tensor:
+        scores = cast(Keep, self.keep).score(seen)
+        return scores.mean(dim=1, keepdim=True) if self.store.shared_tokens else scores
+
+    def _chosen(self, seen: Seen) -> Tensor:
+        if self.agreement is None:
+            return cast(Keep, self.keep).choose(self._scores(seen))
+        if seen.place.index == 0:
+            self.agreement.chosen = cast(Keep, self.keep).choose(self._scores(seen))
+        chosen = cast(Tensor, self.agreement.chosen)
+        if seen.place.index == seen.place.layers - 1:
+            self.agreement.chosen = None
+        return chosen
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that is held."""
-        yield from self.state.tensors()
-        for buffer in self.pending:
-            yield from buffer.tensors()
+        """Every tensor that is held, what calibration found included."""
+        if self.state is not None:
+            yield from self.state.tensors()
+        yield from self.pending.tensors()
+        yield from self.queries.tensors()
+        if self.place is not None and self.is_initialized:
+            yield from self.place.tensors.values()
 
     def nbytes(self) -> int:
         """Bytes held, spare capacity included."""
@@ -273,7 +373,7 @@ class CacheLayer(CacheLayerMixin):
                 f"{self.keep.name} cannot crop: evicted tokens cannot be brought back",
                 hint="use a cache without eviction for assisted decoding, or begin with a new cache",
             )
-        self.state.crop_(count)
+        self.stored.crop_(count)
         self.seen = max(0, self.seen - count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -297,10 +397,10 @@ class CacheLayer(CacheLayerMixin):
     def _over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        self.state.over_batch_(change)
-        for buffer in self.pending:
-            buffer.over_batch_(change)
-        held = next(self.tensors(), None)
+        self.stored.over_batch_(change)
+        self.pending.over_batch_(change)
+        self.queries.over_batch_(change)
+        held = next(self.stored.tensors(), None)
         self.batch_size = self.batch_size if held is None else held.shape[0]
 
     def offload(self) -> None:
@@ -314,11 +414,6 @@ class CacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """As ``offload``."""
         self.offload()
-
-
-def _gather(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen tokens (B, K, survivors, D) of (B, K, T, D)."""
-    return tokens.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):

@@ -1,6 +1,6 @@
 """Packed blocks of tokens: keys in groups along tokens, values in groups along channels.
 
-Each block has room for ``BLOCK_TOKENS`` tokens and is filled in place, so that appending never moves what is packed.
+Each block grows to ``BLOCK_TOKENS`` tokens, so that appending moves at most one block's codes and packs none again.
 
 Shapes: B batch, K key-value heads, C tokens of a block, D head dim, G group size, N = C / G groups of tokens,
 M = D / G' groups of channels. Codes are unsigned; a number is ``code * scale + low`` of its group.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Chunk
+from pintpot.cache._base import Chunk, LayerSizes
 from pintpot.kernels import pack, packed_size, unpack
 
 BLOCK_TOKENS = 256
@@ -35,12 +35,11 @@ class Layout:
     key_group: int
     value_group: int
 
-    def block_bytes(self, heads: int, key_dim: int, value_dim: int) -> int:
-        """Bytes of one block for one sequence."""
-        groups = BLOCK_TOKENS // self.key_group
-        keys = key_dim * groups * (packed_size(self.key_group, self.bits) + 4)
-        values = BLOCK_TOKENS * (packed_size(value_dim, self.bits) + 4 * (value_dim // self.value_group))
-        return heads * (keys + values)
+    def packed_bytes(self, tokens: int, sizes: LayerSizes) -> int:
+        """Bytes of ``tokens`` packed tokens (whole groups) of one sequence."""
+        keys = sizes.key_dim * (tokens // self.key_group) * (packed_size(self.key_group, self.bits) + 4)
+        values = tokens * (packed_size(sizes.value_dim, self.bits) + 4 * (sizes.value_dim // self.value_group))
+        return sizes.heads * (keys + values)
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,19 +76,20 @@ def restore(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 class Block:
-    """Room for ``BLOCK_TOKENS`` packed tokens, keys and values filled independently.
+    """Room for packed tokens, keys and values filled independently.
 
     Args:
         like_keys: keys (B, K, any, D) that give sizes, dtype and device.
         like_values: values (B, K, any, D).
         layout: how to pack.
+        tokens: room for so many, whole groups.
     """
 
-    def __init__(self, like_keys: Tensor, like_values: Tensor, layout: Layout) -> None:
+    def __init__(self, like_keys: Tensor, like_values: Tensor, layout: Layout, tokens: int) -> None:
         self.layout = layout
         batch, heads, _, key_dim = like_keys.shape
         self.value_dim = like_values.shape[-1]
-        groups = BLOCK_TOKENS // layout.key_group
+        groups = tokens // layout.key_group
         scales = scale_dtype(like_keys.dtype)
         value_groups = self.value_dim // layout.value_group
 
@@ -98,8 +98,25 @@ class Block:
 
         self.keys = empty(key_dim, groups, packed_size(layout.key_group, layout.bits), dtype=torch.uint8)
         self.key_scale, self.key_low = empty(key_dim, groups), empty(key_dim, groups)
-        self.values = empty(BLOCK_TOKENS, packed_size(self.value_dim, layout.bits), dtype=torch.uint8)
-        self.value_scale, self.value_low = empty(BLOCK_TOKENS, value_groups), empty(BLOCK_TOKENS, value_groups)
+        self.values = empty(tokens, packed_size(self.value_dim, layout.bits), dtype=torch.uint8)
+        self.value_scale, self.value_low = empty(tokens, value_groups), empty(tokens, value_groups)
+
+    def grow_(self, tokens: int) -> None:
+        """Room for ``tokens`` tokens in all, what is packed carried over."""
+        more = tokens - self.values.shape[2]
+        if more <= 0:
+            return
+        groups = more // self.layout.key_group
+
+        def grown(held: Tensor, dim: int, count: int) -> Tensor:
+            sizes = list(held.shape)
+            sizes[dim] = count
+            return torch.cat([held, held.new_empty(sizes)], dim=dim)
+
+        self.keys = grown(self.keys, 3, groups)
+        self.key_scale, self.key_low = grown(self.key_scale, 3, groups), grown(self.key_low, 3, groups)
+        self.values = grown(self.values, 2, more)
+        self.value_scale, self.value_low = grown(self.value_scale, 2, more), grown(self.value_low, 2, more)
 
     def write_keys(self, start: int, keys: Tensor) -> None:
         """Pack keys (B, K, T, D) at token ``start``; both are multiples of the group size."""

@@ -8,13 +8,12 @@ Shapes:  B batch, H query heads, K key-value heads, R = H / K, S queries, Q quer
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pintpot.cache._base import Chunk
+from pintpot.cache._base import Call, Chunk
 from pintpot.cache.dense import CHUNK_TOKENS, dense_chunks
 from pintpot.core.errors import CompositionError
 
@@ -23,43 +22,6 @@ SCORES_AT_ONCE = 4 << 20
 
 MASK_AT_ONCE = 8 << 20
 """Entries of the largest mask that is made for fused attention; beyond it, attention is streamed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of attention.
-
-    Attributes:
-        module: the model's attention module.
-        query: (B, H, S, D).
-        mask: None where every token sees all before it; (B, 1, 1, T) padding, to which causality is to be added;
-            or (B, 1 or H, S, T), complete. True (or 0.0) where a token is seen.
-        scaling: of the scores.
-        softcap: scores go through ``softcap * tanh(scores / softcap)``.
-        sinks: (H,), a score of each head that takes weight and gives nothing.
-        dropout: of the weights; only where fused attention does the work.
-        causal: whether a token sees only those before it.
-    """
-
-    module: nn.Module
-    query: Tensor
-    mask: Tensor | None
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    dropout: float = 0.0
-    causal: bool = True
-
-    @property
-    def queries(self) -> int:
-        """S."""
-        return self.query.shape[2]
-
-    @property
-    def adds_causality(self) -> bool:
-        """Whether causality is not in the mask, and matters."""
-        bare = self.mask is None or self.mask.shape[-2] == 1
-        return self.causal and self.queries > 1 and bare
 
 
 def attend_dense(call: Call, keys: Tensor, values: Tensor) -> Tensor:

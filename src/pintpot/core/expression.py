@@ -13,7 +13,7 @@ from pintpot.core.technique import Technique
 
 _PART = re.compile(r"^\s*([a-z0-9][a-z0-9-]*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
 _WITH_BITS = re.compile(r"^(.*[a-z])([1-9])$")
-_WORD = re.compile(r"^[A-Za-z_][\w-]*$")
+_WORD = re.compile(r"^[\w./~-]+$")
 
 
 def parse(text: str) -> tuple[Technique, ...]:
@@ -70,11 +70,11 @@ def _parse_part(text: str) -> Technique:
 
 
 def _value(text: str) -> object:
-    if _WORD.match(text) and text not in ("True", "False", "None"):
-        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
+        if _WORD.match(text):
+            return text
         raise CompositionError(
-            f"cannot read the value {text!r}", hint="write a number, a word, True or False"
+            f"cannot read the value {text!r}", hint="write a number, a word, a path, True or False"
         ) from error
