@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig
 from pintpot.cache import (
     KIVI,
     LagKV,
+    SnapKV,
     build_cache,
     cache_bytes,
     chunked_prefill,
@@ -23,7 +24,6 @@ COMPOSITIONS = {
     "lagkv": {"keep": LagKV(lag_tokens=16, sink_tokens=4)},
     "both": {"keep": LagKV(lag_tokens=16, sink_tokens=4), "store": KIVI(bits=4)},
 }
-EXACT = {"kivi8": {"store": KIVI(bits=8, residual_length=32)}, "dense": {}}
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +60,61 @@ def test_generate_modes(model, name, options):
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_left_padding_gives_what_each_sequence_gives_alone(model, name):
+PADDED = {**COMPOSITIONS, "kivi8": {"store": KIVI(bits=8, residual_length=32)}, "snapkv": {"keep": SnapKV()}}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("piece", [None, 25])
+def test_left_padding_gives_what_each_sequence_gives_alone(model, name, piece):
     long, short = tokens(1, 80), tokens(1, 50, seed=1)
     padded = torch.cat([torch.zeros(1, 30, dtype=torch.int64), short], dim=1)
     mask = torch.ones(2, 80, dtype=torch.int64)
     mask[1, :30] = 0
-    together = generate(model, torch.cat([long, padded]), build_cache(model.config, **EXACT[name]), attention_mask=mask)
+    settings = {"attention_mask": mask, "max_new_tokens": 60, "min_new_tokens": 60, "prefill_chunk_size": piece}
+    cache = build_cache(model.config, **PADDED[name])
+    together = generate(model, torch.cat([long, padded]), cache, **settings)
     for row, ids in enumerate((long, short)):
-        alone = generate(model, ids, build_cache(model.config, **EXACT[name]))
-        assert torch.equal(together[row, -8:], alone[0, -8:])
+        # A piece's tokens see what was kept of earlier ones, so the pieces must be the same ones.
+        alone = generate(model, ids, build_cache(model.config, **PADDED[name]), max_new_tokens=60, min_new_tokens=60)
+        if piece is None or name == "dense":
+            assert torch.equal(together[row, -60:], alone[0, -60:])
+    dense = cache_bytes(model.config, 139, batch=2, **PADDED[name])
+    assert cache.nbytes() <= dense
 
 
-@pytest.mark.parametrize("name", ["lagkv", "both"])
-def test_padding_with_eviction_is_refused(model, name):
+def test_beams_of_a_padded_batch_are_those_of_each_sequence_alone(model):
+    long, short = tokens(1, 80), tokens(1, 50, seed=1)
+    padded = torch.cat([torch.zeros(1, 30, dtype=torch.int64), short], dim=1)
     mask = torch.ones(2, 80, dtype=torch.int64)
     mask[1, :30] = 0
-    with pytest.raises(CompositionError, match="padded") as caught:
+    settings = {"num_beams": 3, "max_new_tokens": 30, "min_new_tokens": 30}
+    both = COMPOSITIONS["both"]
+    together = generate(
+        model, torch.cat([long, padded]), build_cache(model.config, **both), attention_mask=mask, **settings
+    )
+    for row, ids in enumerate((long, short)):
+        alone = generate(model, ids, build_cache(model.config, **both), **settings)
+        assert torch.equal(together[row, -30:], alone[0, -30:])
+
+
+@pytest.mark.parametrize("name", ["kivi", "lagkv", "both"])
+def test_pads_behind_tokens_are_refused_when_tokens_are_evicted_or_packed(model, name):
+    mask = torch.ones(2, 80, dtype=torch.int64)
+    mask[1, 60:] = 0
+    with pytest.raises(CompositionError, match="behind tokens") as caught:
         generate(model, tokens(2, 80), build_cache(model.config, **COMPOSITIONS[name]), attention_mask=mask)
-    assert "equal length" in caught.value.hint
+    assert "padding_side" in caught.value.hint
+
+
+def test_another_models_cache_is_refused(model):
+    cache = build_cache(tiny_config("qwen3"), store=KIVI())
+    with pytest.raises(CompositionError, match="another model"):
+        generate(model, tokens(1, 20), cache)
+
+
+def test_a_second_cache_beside_ours_is_refused(model):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        generate(model, tokens(1, 20), build_cache(model.config, store=KIVI()), cache_implementation="static")
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)

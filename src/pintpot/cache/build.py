@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from pintpot.cache._base import Keep, LayerKeep, Store, StoreState
+from pintpot.cache._base import Keep, LayerKeep, Store
 from pintpot.cache.calibration import tensors_for
 from pintpot.cache.cascade import Cascade
 from pintpot.cache.dense import Dense
@@ -129,12 +128,12 @@ def _full_layers(
     cascade = Cascade(keep, len(places), store.granule(places[0])) if isinstance(keep, LayerKeep) else None
     agreement = Agreement() if same else None
     rotary = rotary_of(config, FULL) if store.needs_rotary else None
-    below: Callable[[], StoreState] | None = None
+    lower: CacheLayer | None = None
     found = zip(tensors_for(keep, config, dtype), tensors_for(store, config, dtype), strict=True)
     for place, (of_keep, of_store) in zip(places, found, strict=True):
-        here = place.but(rotary=rotary, below=below, tensors={**of_keep, **of_store})
+        here = place.but(rotary=rotary, tensors={**of_keep, **of_store})
         layer = CacheLayer(store, keep, here, limit=limit, cascade=cascade, agreement=agreement)
-        below = partial(getattr, layer, "stored")
+        layer.lower, lower = lower, layer
         yield layer
 
 

@@ -42,6 +42,11 @@ class Cascade:
     def __init__(self, keep: LayerKeep, layers: int, granule: int) -> None:
         self.keep, self.layers, self.granule = keep, layers, granule
         self._waiting: list[Waiting] = []
+        self._rows: dict[int, Cascade] = {}
+
+    def of_row(self, row: int) -> Cascade:
+        """The cascade of one sequence of a padded batch."""
+        return self._rows.setdefault(row, Cascade(self.keep, self.layers, self.granule))
 
     def offer(self, store: Callable[[Tokens], None], seen: Seen, scores: Tensor) -> None:
         """The next layer's decided tokens with their scores; the last layer's offer stores everybody's.
@@ -65,6 +70,7 @@ class Cascade:
     def clear(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+        self._rows.clear()
 
     def _divide(self, each: int, decided: int) -> list[int]:
         """Tokens for each layer so far, ``each`` times all layers in sum where that many were decided on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from pintpot.cache._base import Call, Chunk, Keep, LayerSizes, Place, Seen, Store, StoreState
 from pintpot.cache.cascade import Cascade
 from pintpot.cache.dense import DenseChunk, dense_chunks
+from pintpot.cache.rows import Rows
 from pintpot.cache.stream import attend_chunks, attend_dense
 from pintpot.cache.tokens import Buffer, Pending, Tokens
 from pintpot.core.errors import BudgetError, CompositionError
@@ -94,6 +95,11 @@ class Agreement:
 
     def __init__(self) -> None:
         self.chosen: Tensor | None = None
+        self._rows: dict[int, Agreement] = {}
+
+    def of_row(self, row: int) -> Agreement:
+        """The agreement on one sequence of a padded batch."""
+        return self._rows.setdefault(row, Agreement())
 
 
 class CacheLayer(CacheLayerMixin):
@@ -112,6 +118,8 @@ class CacheLayer(CacheLayerMixin):
 
     Attributes:
         inputs: what attention was given for the tokens that come next, (B, S, hidden), where the store needs it.
+        lower: the layer below with full attention.
+        rows: the sequences of a padded batch, where they must be told apart.
     """
 
     is_sliding = False
@@ -130,11 +138,20 @@ class CacheLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.store, self.keep, self.limit = store, keep, limit
-        self.place = place
+        self.lower: CacheLayer | None = None
+        self.place = place if place is None or place.index == 0 else place.but(below=self._below)
         self.cascade, self.agreement = cascade, agreement
         self._clear()
 
+    def like(self) -> CacheLayer:
+        """An empty layer of the same kind in the same place, for one sequence of a padded batch."""
+        return CacheLayer(self.store, self.keep, self.place)
+
+    def _below(self) -> StoreState:
+        return cast(CacheLayer, self.lower).stored
+
     def _clear(self) -> None:
+        self.rows: Rows | None = None
         self.state: StoreState | None = None
         self.pending = Pending()
         self.queries = Buffer()
@@ -207,7 +224,10 @@ class CacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         first, self.seen = self.seen, self.seen + count
         tokens = Tokens.consecutive(key_states, value_states, first, self._inputs())
-        if self.keep is None and self.store.exact:
+        if self.rows is not None:
+            handle = Handle(self, tokens)
+            self._waits = True
+        elif self.keep is None and self.store.exact:
             self.stored.append(tokens)
             handle = Handle(self, None)
         elif self._pending_has_room(count):
@@ -239,13 +259,15 @@ class CacheLayer(CacheLayerMixin):
         """Attention of new tokens to all that are held, themselves included: (B, S, H, D).
 
         Raises:
-            CompositionError: when tokens are evicted and the batch is padded.
+            CompositionError: when tokens are evicted or packed, and the mask is more than padding in front.
         """
-        if self.keep is not None and call.mask is not None:
-            raise CompositionError(
-                f"{self.keep.name} evicts tokens, and cannot with a padded batch or a custom attention mask",
-                hint="run prompts of equal length together, or one at a time",
-            )
+        if call.mask is not None and self.rows is None and not self.is_croppable:
+            self._tell_apart(handle)
+        if self.rows is not None and handle.tokens is not None:
+            out = self.rows.attend(handle.tokens, call)
+            handle.tokens = None
+            self._waits = False
+            return out
         self._remember(call.query)
         if handle.tokens is None:
             whole = self.stored.whole() if self.keep is None else None
@@ -258,6 +280,14 @@ class CacheLayer(CacheLayerMixin):
         handle.tokens = None
         self._waits = False
         return out
+
+    def _tell_apart(self, handle: Handle) -> None:
+        if handle.tokens is None or self.seen > handle.tokens.count:
+            raise CompositionError(
+                "pads came after tokens that were cached without any: sequences cannot be told apart any more",
+                hint="pad the first prompt of a batch on the left, and give its attention mask from the first call on",
+            )
+        self.rows = Rows(self, self.batch_size)
 
     def _remember(self, query: Tensor) -> None:
         if self.keep is None or not self.keep.observed_queries:
@@ -332,6 +362,8 @@ class CacheLayer(CacheLayerMixin):
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held, what calibration found included."""
+        if self.rows is not None:
+            yield from self.rows.tensors()
         if self.state is not None:
             yield from self.state.tensors()
         yield from self.pending.tensors()
@@ -378,7 +410,7 @@ class CacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the sequences in another order (beam search)."""
-        self._over_batch_(lambda held: held.index_select(0, beam_idx.to(held.device)))
+        self._pick(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times.
@@ -388,20 +420,29 @@ class CacheLayer(CacheLayerMixin):
         """
         if self.limit is not None and self.is_initialized:
             self.limit.check(0, self.batch_size * repeats, self.dtype.itemsize)
-        self._over_batch_(lambda held: held.repeat_interleave(repeats, dim=0))
+        self._pick(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only some of the sequences."""
-        self._over_batch_(lambda held: held[indices.to(held.device)])
+        self._pick(indices)
 
-    def _over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _pick(self, rows: Tensor) -> None:
+        """These sequences in this order, any of them several times."""
         if not self.is_initialized:
             return
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        self.batch_size = len(rows)
+        if self.rows is not None:
+            self.rows.pick_(rows.tolist())
+            return
+
+        def change(held: Tensor) -> Tensor:
+            return held.index_select(0, rows.to(held.device))
+
         self.stored.over_batch_(change)
         self.pending.over_batch_(change)
         self.queries.over_batch_(change)
-        held = next(self.stored.tensors(), None)
-        self.batch_size = self.batch_size if held is None else held.shape[0]
 
     def offload(self) -> None:
         """Layers are not moved between devices.

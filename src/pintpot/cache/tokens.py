@@ -44,6 +44,10 @@ class Tokens:
         """Tokens ``start`` to ``stop``, as views."""
         return self._each(lambda held: held[:, :, start:stop])
 
+    def row(self, row: int) -> Tokens:
+        """Those of one sequence, as views."""
+        return self._each(lambda held: held[row : row + 1] if held.shape[0] > 1 else held)
+
     def gather(self, chosen: Tensor) -> Tokens:
         """The chosen ones: int64 (B, K, n), or (B, 1, n) where all heads hold the same."""
 
