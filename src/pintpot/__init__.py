@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pintpot._version import __version__
 
 if TYPE_CHECKING:
+    from pintpot import cache
     from pintpot.core.errors import PintpotError
     from pintpot.core.ledger import Account, Ledger, Tier
     from pintpot.core.plan import Plan
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from pintpot.core.shape import ModelShape
     from pintpot.core.workload import Budget, Compress, Finetune, Generate, Pretrain
     from pintpot.jobs.assemble import apply
+    from pintpot.jobs.calibrate import calibrate_file
     from pintpot.jobs.choose import Wish
     from pintpot.jobs.compress import compress
+    from pintpot.jobs.convert import ConvertSettings, convert
     from pintpot.jobs.finetune import FinetuneSettings, finetune
     from pintpot.jobs.generate import generate
     from pintpot.jobs.generator import GenerateSettings
@@ -47,8 +50,11 @@ _HOME = {
     "Generate": "core.workload",
     "Pretrain": "core.workload",
     "apply": "jobs.assemble",
+    "calibrate_file": "jobs.calibrate",
     "Wish": "jobs.choose",
     "compress": "jobs.compress",
+    "ConvertSettings": "jobs.convert",
+    "convert": "jobs.convert",
     "FinetuneSettings": "jobs.finetune",
     "GenerateSettings": "jobs.generator",
     "PretrainSettings": "jobs.pretrain",
@@ -69,6 +75,7 @@ __all__ = [
     "Account",
     "Budget",
     "Compress",
+    "ConvertSettings",
     "Finetune",
     "FinetuneSettings",
     "Generate",
@@ -84,7 +91,10 @@ __all__ = [
     "Wish",
     "__version__",
     "apply",
+    "cache",
+    "calibrate_file",
     "compress",
+    "convert",
     "finetune",
     "generate",
     "load",
@@ -101,6 +111,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """A public name, from the module that defines it (PEP 562)."""
+    if name == "cache":  # the package itself, which can be called
+        return importlib.import_module("pintpot.cache")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -11,7 +11,7 @@ from pintpot.cache import (
     SnapKV,
     build_cache,
     cache_bytes,
-    chunked_prefill,
+    prefill_in_pieces,
     use_cache_attention,
 )
 from pintpot.core.errors import BudgetError, CompositionError, ShapeError, UnsupportedModel
@@ -147,7 +147,7 @@ def test_chunked_prefill_gives_what_prefill_gives(model, name, piece):
     whole, pieces = (build_cache(model.config, **COMPOSITIONS[name]) for _ in range(2))
     with use_cache_attention(model), torch.no_grad():
         expected = model(ids, past_key_values=whole).logits[:, -1]
-        logits = chunked_prefill(model, ids, pieces, piece)
+        logits = prefill_in_pieces(model, ids, pieces, piece)
     tolerance = 1e-5 if name == "dense" else 0.05
     assert (logits - expected).abs().max() < tolerance
     assert pieces.nbytes() == whole.nbytes()
@@ -157,12 +157,12 @@ def test_chunked_prefill_with_padding(model):
     ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.int64)
     mask[1, :20] = 0
     with use_cache_attention(model):
-        together = chunked_prefill(model, ids, build_cache(model.config), 25, attention_mask=mask)
-        alone = chunked_prefill(model, ids[1:, 20:], build_cache(model.config), 25)
+        together = prefill_in_pieces(model, ids, build_cache(model.config), 25, attention_mask=mask)
+        alone = prefill_in_pieces(model, ids[1:, 20:], build_cache(model.config), 25)
     # Rotary positions are relative, so the pads in front shift nothing.
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
     with pytest.raises(ShapeError):
-        chunked_prefill(model, ids, build_cache(model.config), 0)
+        prefill_in_pieces(model, ids, build_cache(model.config), 0)
 
 
 @pytest.mark.parametrize("store", [None, KIVI(bits=2)])
@@ -178,7 +178,7 @@ def test_a_budget_is_never_exceeded(model, store):
     sizes = []
     with use_cache_attention(model), torch.no_grad():
         for start in range(0, 300, 50):
-            chunked_prefill(model, tokens(1, 50, seed=start), cache, 20)
+            prefill_in_pieces(model, tokens(1, 50, seed=start), cache, 20)
             sizes.append(cache.nbytes())
         for step in range(20):
             model(tokens(1, 5, seed=step), past_key_values=cache)

@@ -7,26 +7,82 @@ import torch
 from transformers import DynamicCache
 
 from pintpot.cache import KIVI, build_cache, cache_bytes, use_cache_attention
-from pintpot.cache._base import Keep, Store
-from pintpot.cache.geometry import has_full_attention
+from pintpot.cache._base import Keep, LayerSharing, Store
+from pintpot.cache.cascade import LayerKeep
+from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
 from pintpot.core.expression import expression, parse
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
+from pintpot.core.slots import conflict
 from pintpot.core.workload import Generate
 from tests.architectures import ATTENTION, tiny_config, tiny_model
+from tests.cache.calibrating import calibrated
 
 torch.set_num_threads(1)
 PROMPT, NEW = 300, 6
 KEEPS = [kind for kind in techniques("cache").values() if issubclass(kind, Keep)]
 STORES = [kind for kind in techniques("cache").values() if issubclass(kind, Store)]
-SINGLES = [{"keep": k()} for k in KEEPS] + [{"store": s()} for s in STORES]
-PAIRS = [{"keep": k(), "store": s()} for k, s in itertools.product(KEEPS, STORES)]
+SHARINGS = [kind for kind in techniques("cache").values() if issubclass(kind, LayerSharing)]
+# Sizes that save something at a prompt of 300 tokens, and that are calibrated in no time.
+SMALL = {
+    "alisa": {"budget_tokens": 64, "group_tokens": 16},
+    "clusterkv": {
+        "budget_tokens": 48,
+        "sink_tokens": 4,
+        "window_tokens": 32,
+        "cluster_tokens": 8,
+        "iterations": 4,
+        "dense_layers": 0,
+    },
+    "expected-attention": {"observed_tokens": 16},
+    "h2o": {"recent_tokens": 32},
+    "kcache": {"top_tokens": 32, "group_tokens": 16},
+    "kvsharer": {"shared_layers": 1, "threshold": -1.0},
+    "lagkv": {"lag_tokens": 32},
+    "leoam": {"budget_tokens": 48, "chunk_tokens": 16, "least_tokens": 8, "recent_tokens": 8},
+    "locret": {"stabilizer_tokens": 32, "hidden_units": 8, "training_steps": 2},
+    "minicache": {"start_fraction": 0.0, "group_tokens": 16},
+    "streaming-llm": {"window_tokens": 64},
+    "task-kv": {"recent_tokens": 64},
+}
+
+
+def small(kind):
+    return kind(**SMALL.get(kind.facts.name, {}))
+
+
+SINGLES = [{"keep": small(k)} for k in KEEPS] + [{"store": small(s)} for s in STORES]
+PAIRS = [
+    {"keep": small(k), "store": small(s)}
+    for k, s in itertools.product(KEEPS, STORES)
+    if not conflict(small(k), small(s))
+]
+SHARED = [
+    {"layers": small(kind), **single}
+    for kind, single in itertools.product(SHARINGS, [{}, *SINGLES])
+    if not any(conflict(small(kind), technique) for technique in single.values())
+]
 GROWING = [name for name in ATTENTION if has_full_attention(tiny_config(name))]
+# Every technique on every architecture, every pair on one of them in turn.
+CASES = [
+    *itertools.product(GROWING, SINGLES),
+    *((GROWING[i % len(GROWING)], pair) for i, pair in enumerate(PAIRS)),
+    *(("llama", shared) for shared in SHARED),
+]
 
 
 def label(composition):
     return expression(composition.values()) or "dense"
+
+
+def acts_on(composition, config):
+    count = sum(layer.kind == FULL for layer in layer_kinds(config))
+    return all(technique.acts_on(count) for technique in composition.values())
+
+
+def ready(composition, model):
+    return {part: calibrated(technique, model) for part, technique in composition.items()}
 
 
 def prompt():
@@ -46,6 +102,14 @@ def test_every_technique_has_a_part():
     assert STORES
     assert {k.facts.part for k in KEEPS} == {"keep"}
     assert {s.facts.part for s in STORES} == {"store"}
+    assert {s.facts.part for s in SHARINGS} == {"layers"}
+
+
+@pytest.mark.parametrize(("keep", "store"), itertools.product(KEEPS, STORES))
+def test_what_cannot_stand_together_says_so_beforehand(keep, store):
+    uneven_layers = issubclass(keep, LayerKeep) and (store.even_layers or store.shared_tokens == "layers")
+    uneven_heads = keep.has_lanes and not store.by_head()
+    assert bool(conflict(small(keep), small(store))) == (uneven_layers or uneven_heads)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -68,11 +132,14 @@ def test_eight_bits_change_logits_by_less_than_a_hundredth(name):
     assert packed.nbytes() < exact.nbytes()
 
 
-@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS], ids=label)
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(
+    ("name", "composition"),
+    [case for case in CASES if acts_on(case[1], tiny_config(case[0]))],
+    ids=lambda case: case if isinstance(case, str) else label(case),
+)
 def test_bytes_are_as_predicted_and_less_than_dense(name, composition):
     model = tiny_model(name)
-    cache = build_cache(model.config, **composition)
+    cache = build_cache(model.config, **ready(composition, model))
     generate(model, cache)
     measured = cache.nbytes()
     assert measured == cache_bytes(model.config, PROMPT + NEW - 1, batch=2, **composition)
@@ -81,22 +148,22 @@ def test_bytes_are_as_predicted_and_less_than_dense(name, composition):
     assert measured < dense.nbytes()
 
 
-@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS], ids=label)
+@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS[::7], *SHARED[::7]], ids=label)
 def test_the_same_twice(composition):
     model = tiny_model("llama")
-    first, second = (generate(model, build_cache(model.config, **composition)) for _ in range(2))
+    first, second = (generate(model, build_cache(model.config, **ready(composition, model))) for _ in range(2))
     assert torch.equal(first.sequences, second.sequences)
     assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
 
 
-@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS], ids=label)
+@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS, *SHARED], ids=label)
 def test_prediction_lowers_the_account_and_does_not_depend_on_order(composition):
     shape = ModelShape.from_config(tiny_config("llama"))
     workload = Generate(batch=2, prompt_tokens=PROMPT, new_tokens=NEW)
     plain = Ledger("predicted", tuple(Moment(phase, {}) for phase in ("load", "prefill", "decode")))
     plain = plain.set(Account.KV_CACHE, cache_bytes(shape.config, PROMPT + NEW - 1, batch=2), phases=("decode",))
     results = []
-    for order in itertools.permutations(composition.values()):
+    for order in itertools.permutations(ready(composition, tiny_model("llama")).values()):
         ledger = plain
         for technique in order:
             ledger = technique.predict(ledger, shape, workload)
@@ -106,15 +173,16 @@ def test_prediction_lowers_the_account_and_does_not_depend_on_order(composition)
     assert expected < plain.phase("decode").of(Account.KV_CACHE)
 
 
-@pytest.mark.parametrize("kind", [*KEEPS, *STORES], ids=lambda kind: kind.facts.name)
+@pytest.mark.parametrize("kind", [*KEEPS, *STORES, *SHARINGS], ids=lambda kind: kind.facts.name)
 def test_options_are_distinct_readable_and_ordered_by_bytes(kind):
-    shape = ModelShape.from_config(tiny_config("llama"))
+    config = tiny_config("llama")
+    config.num_hidden_layers = 8
+    shape = ModelShape.from_config(config)
     workload = Generate(batch=1, prompt_tokens=4000, new_tokens=100)
     options = list(kind.options(shape, workload))
     assert len(set(options)) == len(options) > 1
     assert all(parse(str(option)) == (option,) for option in options)
-    part = "keep" if issubclass(kind, Keep) else "store"
-    sizes = [cache_bytes(shape.config, 4000, **{part: option}) for option in options]
+    sizes = [cache_bytes(shape.config, 4000, **{kind.facts.part: option}) for option in options]
     risks = [option.risk(shape, workload) for option in options]
     assert sizes == sorted(sizes, reverse=True)
     assert risks == sorted(risks)

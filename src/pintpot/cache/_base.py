@@ -8,6 +8,9 @@ New tokens are first attended to in full precision, then given over: without a `
 to the pending window, from which the keep chooses survivors. So tokens are evicted before they are packed, each is
 judged once, and what is packed is never unpacked to be packed again.
 
+Layers may divide what is kept among themselves (``cascade.py``), and heads of one layer may keep different numbers of
+tokens (``lanes.py``).
+
 Shapes: B batch, H query heads, K key-value heads, T tokens, D head dim (of keys or of values), M query rows of one
 key-value head. Keys and values (B, K, T, D), rotated already where the model rotates them.
 """
@@ -21,11 +24,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from pintpot.cache.rotary import Rotary
 from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
-from pintpot.core.ledger import Ledger
+from pintpot.core.ledger import Ledger, Tier
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
@@ -142,6 +146,11 @@ class Chunk(ABC):
     def scores(self, query: Tensor) -> Tensor:
         """Products of float32 queries (B, K, M, D) with the keys: float32 (B, K, M, tokens)."""
 
+    def capped(self, query: Tensor, softcap: float | None) -> Tensor:
+        """``scores``, capped as the model caps them."""
+        scores = self.scores(query)
+        return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
     @abstractmethod
     def mix(self, weights: Tensor) -> Tensor:
         """Values weighted by float32 (B, K, M, tokens): float32 (B, K, M, D)."""
@@ -163,6 +172,15 @@ class StoreState(ABC):
     def chunks(self, call: Call) -> Iterator[Chunk]:
         """The stored tokens in order, in chunks of bounded size; or those of them that this call should attend to."""
 
+    def observe(self, call: Call, tokens: Tokens | None) -> None:
+        """Take note of attention that was just computed, before its new tokens are given over: nothing as a rule.
+
+        Args:
+            call: the attention.
+            tokens: the new tokens, where they are not held yet.
+        """
+        return None
+
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held, spare capacity included."""
@@ -174,6 +192,10 @@ class StoreState(ABC):
     def nbytes(self) -> int:
         """Bytes held, spare capacity included."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def tier_nbytes(self) -> int:
+        """Bytes held on a slower tier than the tensors'."""
+        return 0
 
     def whole(self) -> tuple[Tensor, Tensor] | None:
         """All keys and values as views of dense storage, or None where they are not stored so."""
@@ -210,6 +232,10 @@ class CacheTechnique(Technique):
         """Bytes that a layer holds of what was found beforehand: nothing, unless the technique is calibrated."""
         return 0
 
+    def acts_on(self, layers: int) -> bool:
+        """Whether it changes anything in a model with so many layers with full attention (at least one)."""
+        return True
+
     def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
         """Bytes read and operations done for one token with this cache, in place of the dense one's."""
         from pintpot.cache.forecast import cache_work
@@ -227,12 +253,24 @@ class Store(CacheTechnique):
         needs_rotary: wants to take the rotation off keys.
         shared_tokens: "" where every head may keep tokens of its own; "heads" where all heads of a layer must hold
             the same tokens, and "layers" where all layers must too.
+        even_layers: its bytes are known beforehand only where all layers hold equally many tokens.
+        waiting_layers: layers whose new tokens are dense at once, until a layer above has been given the same.
     """
 
     exact: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     shared_tokens: ClassVar[str] = ""
+    even_layers: ClassVar[bool] = False
+    waiting_layers: ClassVar[int] = 0
+
+    @classmethod
+    def by_head(cls) -> bool:
+        """Whether some heads of a layer can be stored without the others.
+
+        What was calibrated is of all heads, and a budget of recalled tokens is of a whole layer.
+        """
+        return not (cls.shared_tokens or cls.needs_inputs or cls.even_layers or hasattr(cls, "calibration"))
 
     def granule(self, place: Place) -> int:
         """Tokens by which a layer's bytes grow: layers that share tokens differ by multiples of so many."""
@@ -242,17 +280,49 @@ class Store(CacheTechnique):
     def open(self, place: Place) -> StoreState:
         """An empty layer."""
 
+    def check(self, tokens: Tokens, call: Call, place: Place) -> None:
+        """Refuse a model that the store cannot serve, by the first tokens that a layer is given.
+
+        Raises:
+            UnsupportedModel: naming the attention module.
+        """
+        return None
+
     @abstractmethod
     def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """Exactly what ``nbytes()`` of one layer will be after ``tokens`` tokens."""
+
+    def tier_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> Mapping[Tier, int]:
+        """Exactly what one layer will hold on slower tiers after ``tokens`` tokens: nothing unless overridden."""
+        return {}
 
     @abstractmethod
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Temporaries that attending to one chunk takes, beside scores."""
 
+    def handed_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
+        """Temporaries that layers hand to one another while they attend to ``tokens`` stored tokens: none as a rule."""
+        return 0
+
     def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """Bytes moved when one token attends to ``tokens`` stored ones: each is read once unless overridden."""
         return self.predict_bytes(tokens, place, batch, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSharing(CacheTechnique):
+    """Which layers hold tokens: each of the others attends to those of an earlier one.
+
+    It leaves to any keep what is kept and to any store how, except to stores that build a layer from the one below.
+    """
+
+    @abstractmethod
+    def shared(self, layers: int) -> int:
+        """How many of so many layers with full attention hold nothing."""
+
+    @abstractmethod
+    def owners(self, config: PretrainedConfig) -> list[int]:
+        """For each layer with full attention, the number of the one whose tokens it attends to: its own, or less."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +343,13 @@ class Keep(CacheTechnique):
 
     Attributes:
         traces: float32 numbers that it notes for every pending token of every head (``trace``).
+        needs_rotary: wants to take the rotation off keys or queries.
+        has_lanes: heads of a layer may keep different numbers of tokens (``lanes``).
     """
 
     traces: ClassVar[int] = 0
+    needs_rotary: ClassVar[bool] = False
+    has_lanes: ClassVar[bool] = False
 
     @property
     def observed_queries(self) -> int:
@@ -313,10 +387,28 @@ class Keep(CacheTechnique):
         """
         raise NotImplementedError
 
+    def attended(self, chunks: Iterator[Chunk], seen: int, place: Place) -> Iterator[Chunk]:
+        """The stored tokens as new ones are to attend to them: as they are unless overridden.
+
+        Args:
+            chunks: what is stored.
+            seen: tokens that came before the new ones.
+            place: which layer.
+        """
+        return chunks
+
     def choose(self, scores: Tensor) -> Tensor:
         """Survivors by their scores (B, K, decided): int64 indices (B, K, survivors), rising."""
         _, survivors = self.decided(scores.shape[-1] + self.recent)
         return top(scores, survivors)
+
+    def lanes(self, place: Place) -> tuple[Lane, ...]:
+        """Groups of heads that keep more or less than others; none where all heads keep as many."""
+        return ()
+
+    def assign(self, seen: Seen) -> Tensor:
+        """The heads of each sequence in the order of lanes, at the first decision: int64 (B, K)."""
+        raise NotImplementedError
 
     @abstractmethod
     def shrink(self) -> Iterator[Keep]:
@@ -327,6 +419,19 @@ class Keep(CacheTechnique):
         pending = max(0, seen - self.sinks)
         decided, survivors = self.decided(pending)
         return Held(min(seen, self.sinks) + survivors, pending - decided)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Heads of a layer that keep equally many tokens.
+
+    Attributes:
+        heads: how many heads.
+        keep: decides on as many tokens at a time as the layer's own keep, and lets more or fewer survive.
+    """
+
+    heads: int
+    keep: Keep
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -368,6 +473,12 @@ class Seen:
 
         return reduced_attention(self, self.queries, reduce)
 
+    def weights(self) -> Iterator[Tensor]:
+        """The recent queries' attention weights (B, K, R, W, N) over the pending tokens, piece by piece, in order."""
+        from pintpot.cache.observe import attention_weights
+
+        return attention_weights(self, self.queries, self.queries.shape[2])
+
     def received(self, queries: Tensor | None = None) -> Tensor:
         """The attention that each pending token receives from queries, summed over them: float32 (B, K, R, T).
 
@@ -377,26 +488,3 @@ class Seen:
         from pintpot.cache.observe import received_attention
 
         return received_attention(self, self.call.query if queries is None else queries)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerKeep(Keep):
-    """A keep whose layers share what may be kept, each getting by what it sees.
-
-    The sum over the layers is what a ``Keep`` would keep, so sizes are known beforehand. While a prompt is read, the
-    layers below give back what the layers above turn out to need more; tokens go to the store when the last layer has
-    been read.
-    """
-
-    @abstractmethod
-    def preference(self, seen: Seen) -> float:
-        """How much this layer wants to keep: any number of at least 0; only ratios between layers count."""
-
-    def divide(self, total: int, preferences: list[float], most: int) -> list[int]:
-        """Tokens for each layer seen so far, by their preferences: at most ``most`` each, ``total`` in all.
-
-        In proportion unless overridden. May come to less than ``total`` only where ``most`` binds everywhere.
-        """
-        from pintpot.cache.cascade import proportional
-
-        return proportional(total, preferences, most)

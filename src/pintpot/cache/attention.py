@@ -21,7 +21,8 @@ from transformers.masking_utils import (
 from transformers.utils import is_tracing
 
 from pintpot.cache._base import Call
-from pintpot.cache.layer import CacheLayer, Handle
+from pintpot.cache.layer import CacheLayer
+from pintpot.cache.shared import Handle
 from pintpot.cache.stream import attend_dense
 from pintpot.core.errors import UnsupportedModel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from pintpot.cache._base import Keep, LayerKeep, Store
+from pintpot.cache._base import Keep, LayerSharing, Store
 from pintpot.cache.calibration import tensors_for
-from pintpot.cache.cascade import Cascade
+from pintpot.cache.cascade import Cascade, LayerKeep
 from pintpot.cache.dense import Dense
-from pintpot.cache.forecast import cache_bytes, places_of, waiting_bytes
-from pintpot.cache.geometry import FULL, SLIDING, has_full_attention, layer_kinds
-from pintpot.cache.layer import Agreement, CacheLayer, Limit, SlidingLayer
+from pintpot.cache.forecast import Parts, cache_bytes, places_of, waiting_bytes
+from pintpot.cache.geometry import FULL, SLIDING, layer_kinds
+from pintpot.cache.layer import Agreement, CacheLayer, SlidingLayer
+from pintpot.cache.limit import Limit
+from pintpot.cache.residue import Residue
 from pintpot.cache.rotary import rotary_of
-from pintpot.core.errors import BudgetError, CompositionError
+from pintpot.cache.shared import SharedLayer
+from pintpot.core.errors import BudgetError, CompositionError, UnsupportedModel
 from pintpot.core.units import format_bytes
 
 PIECE_TOKENS = 512
@@ -46,9 +50,39 @@ class PintpotCache(Cache):
             else:
                 yield from (held for held in vars(layer).values() if isinstance(held, Tensor) and held.dim() > 1)
 
+    @contextmanager
+    def aside(self, tokens: int) -> Iterator[None]:
+        """Inside this ``with``, the last ``tokens`` tokens of every call only ask, and are not kept.
+
+        What is decided on in such a call is judged by their queries instead of the most recent ones.
+
+        Raises:
+            CompositionError: for a padded batch.
+            UnsupportedModel: when a layer of the model cannot forget what it was asked.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, (CacheLayer, SlidingLayer))]
+        if len(layers) + sum(isinstance(layer, SharedLayer) for layer in self.layers) < len(self.layers):
+            raise UnsupportedModel(
+                "a layer with a recurrent state cannot forget what it was asked",
+                hint="use a model all of whose layers have attention",
+            )
+        if any(isinstance(layer, CacheLayer) and layer.rows is not None for layer in layers):
+            raise CompositionError("a padded batch cannot be asked aside", hint="read one sequence at a time")
+        for layer in layers:
+            layer.aside = tokens
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.aside = 0
+
     def nbytes(self) -> int:
         """Bytes held, spare capacity included."""
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.tensors()}.values())
+
+    def tier_nbytes(self) -> int:
+        """Bytes held on a slower tier, spare capacity included."""
+        return sum(layer.tier_nbytes() for layer in self.layers if isinstance(layer, CacheLayer))
 
 
 def build_cache(
@@ -56,6 +90,8 @@ def build_cache(
     *,
     keep: Keep | None = None,
     store: Store | None = None,
+    layers: LayerSharing | None = None,
+    residue: Residue | None = None,
     budget_bytes: int | None = None,
     batch: int = 1,
     tokens: int | None = None,
@@ -70,6 +106,8 @@ def build_cache(
         config: of the model.
         keep: what is kept; None keeps everything.
         store: how it is stored; None stores densely.
+        layers: which layers hold tokens; None lets all.
+        residue: what becomes of evicted tokens; None lets them go without a trace.
         budget_bytes: the most bytes that it may ever hold. The keep then keeps as much as fits, at most what it says.
         batch: sequences at once (times beams), for the budget.
         tokens: the most tokens that will come (prompt and new ones together); with a budget, the model's longest
@@ -78,62 +116,98 @@ def build_cache(
 
     Raises:
         BudgetError: when the budget is too small, with the least that would do.
-        CompositionError: when no layer of the model could use the keep or store.
+        CompositionError: when a part would change nothing in this model, or two cannot stand together.
         UnsupportedModel: for models that such caches are not for.
     """
     kinds = layer_kinds(config)
-    if (keep is not None or store is not None) and not has_full_attention(config):
-        names = " and ".join(t.name for t in (keep, store) if t is not None)
-        raise CompositionError(
-            f"{names} would change nothing: no layer of this {config.model_type} has full attention",
-            hint="leave it out: a sliding window bounds the cache by itself",
-        )
+    parts = Parts(keep, store, layers, residue)
+    _check(config, parts)
     limit = None
     if budget_bytes is not None:
         text = config.get_text_config(decoder=True)
         tokens = tokens or _longest(config)
         numbers = dtype or (text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32)
-        keep = fit(config, keep, store, budget_bytes=budget_bytes, tokens=tokens, batch=batch, dtype=numbers)
-        piece = PIECE_TOKENS if isinstance(keep, LayerKeep) else None
+        keep = fit(config, parts, budget_bytes=budget_bytes, tokens=tokens, batch=batch, dtype=numbers)
+        piece = PIECE_TOKENS if waiting_bytes(kinds, PIECE_TOKENS, parts, batch, numbers) else None
         limit = Limit(tokens, batch, numbers.itemsize, budget_bytes, piece)
     settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[1]
-    full = iter(_full_layers(config, keep, store or Dense(), limit, tokens, dtype))
-    layers: list[Any] = []
+    full = _full_layers(config, parts._replace(keep=keep), limit, tokens, dtype)
+    built: list[Any] = []
     for layer, given in zip(kinds, settings, strict=True):
         if layer.kind == FULL:
-            layers.append(next(full))
+            built.append(next(full))
         elif layer.kind in SLIDING:
-            layers.append(SlidingLayer(**given))
+            built.append(SlidingLayer(**given))
         else:
-            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**given))
-    return PintpotCache(layers, keep, store or Dense())
+            built.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**given))
+    return PintpotCache(built, keep, store or Dense())
 
 
-def _full_layers(
-    config: PretrainedConfig,
-    keep: Keep | None,
-    store: Store,
-    limit: Limit | None,
-    tokens: int | None,
-    dtype: torch.dtype | None,
-) -> Iterator[CacheLayer]:
-    """The layers with full attention, in order."""
-    places = places_of(layer_kinds(config), keep, tokens)
-    same = store.shared_tokens == "layers" and keep is not None
-    if same and isinstance(keep, LayerKeep):
+def _check(config: PretrainedConfig, parts: Parts) -> None:
+    """Refuse parts that would change nothing, or that cannot stand together."""
+    count = sum(layer.kind == FULL for layer in layer_kinds(config))
+    idle = [part.name for part in parts.named() if not count or not part.acts_on(count)]
+    if idle:
+        raise CompositionError(
+            f"{' and '.join(idle)} would change nothing: {count or 'no'} layers of this {config.model_type} have full "
+            "attention",
+            hint="leave it out" + ("" if count else ": a sliding window bounds the cache by itself"),
+        )
+    keep, store, layers, residue = parts
+    if residue is not None and keep is None:
+        raise CompositionError(
+            f"{residue.name} makes something of evicted tokens, and nothing is evicted",
+            hint=f"say what is kept: h2o*{residue.name}",
+        )
+    if store is None:
+        return
+    if keep is not None and keep.has_lanes and not store.by_head():
+        raise CompositionError(
+            f"{store.name} stores the heads of a layer together, and {keep.name} keeps more in some than in others",
+            hint="use a store that stores each head by itself (kivi), or a keep for which heads are alike (snapkv)",
+        )
+    if store.even_layers and isinstance(keep, LayerKeep):
+        raise CompositionError(
+            f"{store.name} recalls as much in every layer, and {keep.name} keeps more in some than in others",
+            hint="keep by a share that is the same for all layers: snapkv, lagkv",
+        )
+    if store.shared_tokens != "layers":
+        return
+    if layers is not None:
+        raise CompositionError(
+            f"{store.name} builds a layer from the one below, and {layers.name} leaves some layers without tokens",
+            hint="store each layer by itself: kivi",
+        )
+    if isinstance(keep, LayerKeep):
         raise CompositionError(
             f"{store.name} needs the same tokens in all layers, and {keep.name} keeps more in some than in others",
             hint="keep by a share that is the same for all layers: snapkv, lagkv",
         )
+
+
+def _full_layers(
+    config: PretrainedConfig, parts: Parts, limit: Limit | None, tokens: int | None, dtype: torch.dtype | None
+) -> Iterator[CacheLayer | SharedLayer]:
+    """The layers with full attention, in order."""
+    keep, store = parts.keep, parts.store or Dense()
+    places = places_of(layer_kinds(config), keep, tokens, parts.layers)
+    same = store.shared_tokens == "layers" and keep is not None
     cascade = Cascade(keep, len(places), store.granule(places[0])) if isinstance(keep, LayerKeep) else None
     agreement = Agreement() if same else None
-    rotary = rotary_of(config, FULL) if store.needs_rotary else None
+    rotary = rotary_of(config, FULL) if store.needs_rotary or (keep is not None and keep.needs_rotary) else None
+    found = list(zip(*(tensors_for(part, config, dtype) for part in (keep, store, parts.residue)), strict=True))
+    owners = range(len(found)) if parts.layers is None else parts.layers.owners(config)
+    holders: dict[int, CacheLayer] = {}
     lower: CacheLayer | None = None
-    found = zip(tensors_for(keep, config, dtype), tensors_for(store, config, dtype), strict=True)
-    for place, (of_keep, of_store) in zip(places, found, strict=True):
-        here = place.but(rotary=rotary, tensors={**of_keep, **of_store})
-        layer = CacheLayer(store, keep, here, limit=limit, cascade=cascade, agreement=agreement)
+    for number, owner in enumerate(owners):
+        if owner != number:
+            yield SharedLayer(holders[owner])
+            continue
+        tensors = {name: tensor for part in found[number] for name, tensor in part.items()}
+        here = places[len(holders)].but(rotary=rotary, tensors=tensors)
+        layer = CacheLayer(store, keep, here, limit=limit, cascade=cascade, agreement=agreement, residue=parts.residue)
         layer.lower, lower = lower, layer
+        holders[number] = layer
         yield layer
 
 
@@ -149,8 +223,7 @@ def _longest(config: PretrainedConfig) -> int:
 
 def fit(
     config: PretrainedConfig,
-    keep: Keep | None,
-    store: Store | None,
+    parts: Parts,
     *,
     budget_bytes: int,
     tokens: int,
@@ -162,10 +235,12 @@ def fit(
     Raises:
         BudgetError: when nothing fits, with the least bytes that would do.
     """
+    keep = parts.keep
 
     def needed(chosen: Keep | None) -> int:
-        held = cache_bytes(config, tokens, keep=chosen, store=store, batch=batch, dtype=dtype, reserve_tokens=tokens)
-        return held + waiting_bytes(layer_kinds(config), min(tokens, PIECE_TOKENS), chosen, store, batch, dtype)
+        these = parts._replace(keep=chosen)
+        held = cache_bytes(config, tokens, **these._asdict(), batch=batch, dtype=dtype, reserve_tokens=tokens)
+        return held + waiting_bytes(layer_kinds(config), min(tokens, PIECE_TOKENS), these, batch, dtype)
 
     candidates = [keep] if keep is None else keep.shrink()
     least = 0

@@ -12,23 +12,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pintpot.cache._base import CacheTechnique, Call, Place
 from pintpot.cache.dense import Dense
 from pintpot.cache.forecast import places_of
-from pintpot.cache.geometry import FULL, layer_kinds
-from pintpot.cache.layer import CacheLayer, Handle
+from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
+from pintpot.cache.layer import CacheLayer
 from pintpot.cache.rotary import rotary_of
+from pintpot.cache.shared import Handle
 from pintpot.core.errors import CompositionError, DataError
 from pintpot.core.files import write_atomic
+from pintpot.core.ledger import Ledger
 from pintpot.core.shape import ModelShape
+from pintpot.core.workload import Generate, Workload
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,39 @@ class Calibrated(CacheTechnique):
         calibration: the file of what was found; empty before.
     """
 
+    same_at_every_depth: ClassVar[bool] = False
     calibration: str = ""
+
+    def needs_calibration(self, config: PretrainedConfig) -> bool:
+        """Whether it cannot do without for this model; some only do better with one."""
+        return True
+
+    @property
+    def command(self) -> str:
+        """What to run for a calibration."""
+        return f"pintpot calibrate MODEL '{replace(self, calibration='')}' OUT"
+
+    def require_calibration(self, config: PretrainedConfig) -> None:
+        """Refuse to be used without a calibration.
+
+        Raises:
+            CompositionError: when there is none, and it cannot do without for this model.
+        """
+        if not self.calibration and self.needs_calibration(config):
+            raise CompositionError(
+                f"{self.name} must be calibrated for the model first",
+                hint=f"run {self.command}, then use {self.name}(calibration=OUT)",
+            )
+
+    def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
+        """See ``CacheTechnique.predict``.
+
+        Raises:
+            CompositionError: when it is not calibrated, so that nothing is planned that could not run.
+        """
+        if isinstance(workload, Generate) and has_full_attention(shape.config):
+            self.require_calibration(shape.config)
+        return super().predict(ledger, shape, workload)
 
     @abstractmethod
     def fit(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -152,15 +189,20 @@ def tensors_for(technique: CacheTechnique | None, config: PretrainedConfig, dtyp
         CompositionError: when there is no calibration, or one for another model or other hyperparameters.
         DataError: when the file cannot be read.
     """
-    layers = sum(layer.kind == FULL for layer in layer_kinds(config))
-    if not isinstance(technique, Calibrated):
-        return [{}] * layers
-    command = f"pintpot calibrate MODEL '{replace(technique, calibration='')}' OUT"
-    if not technique.calibration:
-        raise CompositionError(
-            f"{technique.name} must be calibrated for the model first",
-            hint=f"run {command}, then use {technique.name}(calibration=OUT)",
-        )
+    if not isinstance(technique, Calibrated) or not (technique.calibration or technique.needs_calibration(config)):
+        return [{}] * sum(layer.kind == FULL for layer in layer_kinds(config))
+    return [{name: _typed(t, dtype) for name, t in layer.items()} for layer in found_for(technique, config).layers]
+
+
+def found_for(technique: Calibrated, config: PretrainedConfig) -> Calibration:
+    """What was found for a technique and this model, in tensors that have values during rehearsals too.
+
+    Raises:
+        CompositionError: when there is no calibration, or one for another model or other hyperparameters.
+        DataError: when the file cannot be read.
+    """
+    command = technique.command
+    technique.require_calibration(config)
     found = _read_once(str(Path(technique.calibration).expanduser().resolve()))
     if found.model != ModelShape.from_config(config).fingerprint:
         raise CompositionError(f"{technique.calibration} was made for another model", hint=f"run {command}")
@@ -169,16 +211,21 @@ def tensors_for(technique: CacheTechnique | None, config: PretrainedConfig, dtyp
             f"{technique.calibration} was made for {found.technique}",
             hint=f"use these hyperparameters, or run {command}",
         )
-    return [{name: _typed(t, dtype) for name, t in layer.items()} for layer in found.layers]
+    return found
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    given = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if active_fake_mode() is not None:
+        return torch.empty(tensor.shape, dtype=given)
+    return tensor.to(given)
 
 
 @lru_cache(maxsize=4)
 def _read_once(path: str) -> Calibration:
-    return read_calibration(path)
+    # Files cannot be read into tensors without bytes, and what is read once serves real runs too.
+    with unset_fake_temporarily():
+        return read_calibration(path)
 
 
 class _Recorder(CacheLayer):

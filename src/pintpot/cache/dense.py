@@ -32,6 +32,14 @@ class DenseChunk(Chunk):
         self.values = values
         self.tokens = keys.shape[-2]
 
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.keys.float()
+
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return self.values.float()
+
     def scores(self, query: Tensor) -> Tensor:
         """See ``Chunk.scores``."""
         return query @ self.keys.transpose(-1, -2).to(query.dtype)
@@ -73,7 +81,7 @@ class DenseState(StoreState):
         """See ``StoreState.whole``."""
         return self.keys.view(), self.values.view()
 
-    def chunks(self, call: Call) -> Iterator[Chunk]:
+    def chunks(self, call: Call) -> Iterator[DenseChunk]:
         """See ``StoreState.chunks``."""
         if self.tokens:
             yield from dense_chunks(self.keys.view(), self.values.view())

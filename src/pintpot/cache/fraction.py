@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -44,9 +45,9 @@ class FractionKeep(Keep):
             )
 
     @property
+    @abstractmethod
     def chunk(self) -> int:
         """Tokens are decided on by multiples of so many."""
-        return 64
 
     @property
     def survivors(self) -> int:
@@ -83,3 +84,20 @@ class FractionKeep(Keep):
         if has_full_attention(shape.config):
             for fraction in (0.5, 0.25, 0.125, 0.0625):
                 yield cls(kept_fraction=fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedKeep(FractionKeep):
+    """A ``FractionKeep`` whose method says nothing of chunks.
+
+    Attributes:
+        chunk_tokens: tokens are decided on by multiples of so many, so up to one fewer of them are pending besides the
+            recent ones. With fewer, less is held, and tokens that come one by one compete with fewer others.
+    """
+
+    chunk_tokens: int = 64
+
+    @property
+    def chunk(self) -> int:
+        """See ``FractionKeep.chunk``."""
+        return self.chunk_tokens

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache._base import Call, LayerSizes, Place, Store, StoreState
 from pintpot.cache.dense import DenseChunk
 from pintpot.cache.geometry import has_full_attention
 from pintpot.cache.packed import BLOCK_TOKENS, Block, BlockChunk, Layout
@@ -232,7 +232,7 @@ class KIVIState(StoreState):
         window.tokens = 0
         window.write(waiting[:, :, stop - start :])
 
-    def chunks(self, call: Call) -> Iterator[Chunk]:
+    def chunks(self, call: Call) -> Iterator[BlockChunk | DenseChunk]:
         """See ``StoreState.chunks``: whole blocks, then the tokens whose values are not packed yet."""
         packed = self.packed_values
         for index in range(-(-packed // BLOCK_TOKENS)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,80 +14,17 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from pintpot.cache._base import Call, Chunk, Keep, LayerSizes, Place, Seen, Store, StoreState
 from pintpot.cache.cascade import Cascade
 from pintpot.cache.dense import DenseChunk, dense_chunks
-from pintpot.cache.rows import Rows
+from pintpot.cache.lanes import LaneState, open_state
+from pintpot.cache.limit import Limit
+from pintpot.cache.padded import PaddedRows
+from pintpot.cache.residue import Residue, ResidueState
+from pintpot.cache.shared import Handle, Lent
 from pintpot.cache.stream import attend_chunks, attend_dense
 from pintpot.cache.tokens import Buffer, Pending, Tokens
-from pintpot.core.errors import BudgetError, CompositionError
+from pintpot.core.errors import CompositionError
 
 MERGE_TOKENS = 1024
 """Up to so many tokens, the dense end of the cache and the new tokens are attended to as one chunk."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a cache of a given size was sized for.
-
-    Attributes:
-        tokens: the most tokens it may see.
-        batch: the most sequences.
-        itemsize: bytes of a number.
-        budget_bytes: the size it was given.
-        piece_tokens: the most tokens that may be read at once, where more of them would wait densely.
-    """
-
-    tokens: int
-    batch: int
-    itemsize: int
-    budget_bytes: int
-    piece_tokens: int | None = None
-
-    def check(self, tokens: int, batch: int, itemsize: int, piece: int = 1) -> None:
-        """Refuse what would not fit.
-
-        Raises:
-            BudgetError: naming what is more than planned.
-        """
-        for name, got, most in (
-            ("tokens", tokens, self.tokens),
-            ("sequences", batch, self.batch),
-            ("bytes a number", itemsize, self.itemsize),
-        ):
-            if got > most:
-                raise BudgetError(
-                    f"the cache of {self.budget_bytes} bytes was sized for {most} {name}, and {got} came",
-                    hint="build it with the tokens, batch and dtype that it will meet",
-                )
-        if self.piece_tokens is not None and piece > self.piece_tokens:
-            raise BudgetError(
-                f"the cache of {self.budget_bytes} bytes takes at most {self.piece_tokens} tokens at once, "
-                f"and {piece} came",
-                hint=f"read the prompt in pieces: generate(..., prefill_chunk_size={self.piece_tokens}), or "
-                "pintpot.cache.chunked_prefill",
-            )
-
-
-class Handle:
-    """What a layer gives the model in place of keys and values: only Pintpot's attention can read it.
-
-    Attributes:
-        layer: whose tokens are meant.
-        tokens: new tokens that the layer does not hold yet, or None.
-    """
-
-    __slots__ = ("layer", "tokens")
-
-    def __init__(self, layer: CacheLayer, tokens: Tokens | None) -> None:
-        self.layer = layer
-        self.tokens = tokens
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise CompositionError(
-            "the model reads its cache without Pintpot's attention",
-            hint="wrap generation in `with pintpot.cache.use_cache_attention(model):`; a model that does not go "
-            "through transformers' attention interface cannot use these caches",
-        )
 
 
 class Agreement:
@@ -115,11 +52,14 @@ class CacheLayer(CacheLayerMixin):
         limit: what the cache was sized for, if it has a size.
         cascade: the layers among which a ``LayerKeep`` divides.
         agreement: the layers that hold the same tokens, if the store needs that.
+        residue: what becomes of evicted tokens; None lets them go without a trace.
 
     Attributes:
         inputs: what attention was given for the tokens that come next, (B, S, hidden), where the store needs it.
         lower: the layer below with full attention.
         rows: the sequences of a padded batch, where they must be told apart.
+        readers: layers above that attend to the tokens of this one.
+        aside: how many of the last tokens of a call only ask and are not kept.
     """
 
     is_sliding = False
@@ -135,24 +75,30 @@ class CacheLayer(CacheLayerMixin):
         limit: Limit | None = None,
         cascade: Cascade | None = None,
         agreement: Agreement | None = None,
+        residue: Residue | None = None,
     ) -> None:
         super().__init__()
-        self.store, self.keep, self.limit = store, keep, limit
+        self.store, self.keep, self.limit, self.residue = store, keep, limit, residue
         self.lower: CacheLayer | None = None
         self.place = place if place is None or place.index == 0 else place.but(below=self._below)
         self.cascade, self.agreement = cascade, agreement
+        self.readers = 0
+        self.aside = 0
         self._clear()
 
     def like(self) -> CacheLayer:
         """An empty layer of the same kind in the same place, for one sequence of a padded batch."""
-        return CacheLayer(self.store, self.keep, self.place)
+        layer = CacheLayer(self.store, self.keep, self.place, residue=self.residue)
+        layer.readers = self.readers
+        return layer
 
     def _below(self) -> StoreState:
         return cast(CacheLayer, self.lower).stored
 
     def _clear(self) -> None:
-        self.rows: Rows | None = None
+        self.rows: PaddedRows | None = None
         self.state: StoreState | None = None
+        self.remains: ResidueState | None = None
         self.pending = Pending()
         self.queries = Buffer()
         self.inputs: Tensor | None = None
@@ -160,6 +106,7 @@ class CacheLayer(CacheLayerMixin):
         self.batch_size = -1
         self.is_initialized = False
         self._waits = False
+        self._lent: Lent | None = None
         if self.cascade is not None:
             self.cascade.clear()
 
@@ -200,8 +147,15 @@ class CacheLayer(CacheLayerMixin):
             )
         if self.limit is not None:
             self.limit.check(0, self.batch_size, self.dtype.itemsize)
-        self.state = self.store.open(self.place)
+        self.place = self.place.but(tensors={name: self._like(t) for name, t in self.place.tensors.items()})
+        self.state = open_state(self.store, self.keep, self.place)
+        if self.residue is not None:
+            self.remains = self.residue.open(self.place, self.batch_size, self.device)
         self.is_initialized = True
+
+    def _like(self, found: Tensor) -> Tensor:
+        """What calibration found, where keys and values are and in their dtype."""
+        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 
     def update(  # type: ignore[override]  # a handle stands for the tensors
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -217,14 +171,14 @@ class CacheLayer(CacheLayerMixin):
                 "the last tokens never came to Pintpot's attention, so the cache is incomplete",
                 hint="reset the cache, and generate inside `with pintpot.cache.use_cache_attention(model):`",
             )
-        count = key_states.shape[-2]
+        count = key_states.shape[-2] - self.aside
         if self.limit is not None:
             self.limit.check(self.seen + count, key_states.shape[0], key_states.element_size(), count)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, self.seen = self.seen, self.seen + count
         tokens = Tokens.consecutive(key_states, value_states, first, self._inputs())
-        if self.rows is not None:
+        if self.rows is not None or self.aside:
             handle = Handle(self, tokens)
             self._waits = True
         elif self.keep is None and self.store.exact:
@@ -268,26 +222,62 @@ class CacheLayer(CacheLayerMixin):
             handle.tokens = None
             self._waits = False
             return out
-        self._remember(call.query)
-        if handle.tokens is None:
-            whole = self.stored.whole() if self.keep is None else None
-            return attend_dense(call, *whole) if whole is not None else self._stream(call, None)
-        if self.seen == handle.tokens.count:
-            out = attend_dense(call, handle.tokens.keys, handle.tokens.values)
-        else:
-            out = self._stream(call, handle.tokens)
-        self._settle(handle.tokens, call)
+        if handle.tokens is not None and self.seen + self.aside == handle.tokens.count:
+            self.store.check(handle.tokens, call, cast(Place, self.place))
+        self._remember(call.query[:, :, : call.queries - self.aside])
+        out = self._attention(handle.tokens, call)
+        self._lent = Lent(call, handle.tokens, self.readers)
         handle.tokens = None
-        self._waits = False
+        self._give_over()
         return out
 
+    def lend(self, call: Call) -> Tensor:
+        """Attention of a layer above to the tokens of this one, the newest included: (B, S, H, D).
+
+        Raises:
+            CompositionError: when this layer has not attended to them itself before.
+        """
+        if self.rows is not None:
+            return self.rows.lend(call)
+        lent = self._lent
+        if lent is None:
+            raise CompositionError(
+                "a layer attends to tokens that an earlier one has not seen", hint="run the layers of a model in order"
+            )
+        # Stores that make keys and values from the attention's inputs must use the weights of the layer they are of.
+        out = self._attention(lent.tokens, replace(call, module=lent.call.module))
+        lent.readers -= 1
+        self._give_over()
+        return out
+
+    def _attention(self, tokens: Tokens | None, call: Call) -> Tensor:
+        if tokens is None:
+            whole = self.stored.whole() if self.keep is None else None
+            return attend_dense(call, *whole) if whole is not None else self._stream(call, None)
+        if self.seen + self.aside == tokens.count:
+            return attend_dense(call, tokens.keys, tokens.values)
+        return self._stream(call, tokens)
+
+    def _give_over(self) -> None:
+        """Settle the new tokens once everybody has attended to them."""
+        lent = self._lent
+        if lent is None or lent.readers:
+            return
+        self._lent = None
+        self.stored.observe(lent.call, lent.tokens)
+        if lent.tokens is not None:
+            self._settle(lent.tokens, lent.call)
+        self._waits = False
+
     def _tell_apart(self, handle: Handle) -> None:
+        if self.aside:
+            raise CompositionError("a padded batch cannot be asked aside", hint="read one sequence at a time")
         if handle.tokens is None or self.seen > handle.tokens.count:
             raise CompositionError(
                 "pads came after tokens that were cached without any: sequences cannot be told apart any more",
                 hint="pad the first prompt of a batch on the left, and give its attention mask from the first call on",
             )
-        self.rows = Rows(self, self.batch_size)
+        self.rows, self.remains = PaddedRows(self, self.batch_size), None
 
     def _remember(self, query: Tensor) -> None:
         if self.keep is None or not self.keep.observed_queries:
@@ -297,7 +287,7 @@ class CacheLayer(CacheLayerMixin):
         self.queries.slide(query)
 
     def _stream(self, call: Call, tokens: Tokens | None) -> Tensor:
-        chunks: list[Chunk] = list(self.stored.chunks(call))
+        chunks: list[Chunk] = list(self._chunks(call))
         if self.pending.tokens:
             waiting = self.pending.view(0)
             chunks += dense_chunks(waiting.keys, waiting.values)
@@ -310,40 +300,56 @@ class CacheLayer(CacheLayerMixin):
                 )
             else:
                 chunks += dense_chunks(keys, values)
-        return attend_chunks(call, chunks, self.heads)
+        return attend_chunks(call, chunks, self.heads, self.remains)
+
+    def _chunks(self, call: Call) -> Iterator[Chunk]:
+        """What is stored, as the keep wants it to be attended to."""
+        chunks = self.stored.chunks(call)
+        if self.keep is None:
+            return chunks
+        return self.keep.attended(chunks, self.seen + self.aside - call.queries, cast(Place, self.place))
 
     def _settle(self, tokens: Tokens, call: Call) -> None:
         """Give tokens over: to the store, or to the pending window with the keep's decision on it."""
+        new = tokens.count - self.aside
         if self.keep is None:
-            self.stored.append(tokens)
+            self.stored.append(tokens.part(0, new))
             return
         if self.keep.traces:
             notes = (*tokens.keys.shape[:3], self.keep.traces)
             tokens = tokens.with_trace(tokens.keys.new_zeros(notes, dtype=torch.float32))
         if not self.pending.is_allocated:
             self.pending.allocate(tokens, self.keep.most_pending)
-        first = min(max(0, self.keep.sinks - self.stored.tokens), tokens.count)
+        first = min(max(0, self.keep.sinks - self.stored.tokens), new)
         if first:
             self.stored.append(tokens.part(0, first))
             tokens = tokens.part(first)
-        count = self.pending.tokens + tokens.count
+        count = self.pending.tokens + new - first
         decided, _ = self.keep.decided(count)
         if decided or self.keep.traces:
             tokens = self._decide(self.pending.behind(tokens, self.seen - count), decided, call)
             self.pending.clear()
-        self.pending.write(tokens)
+        self.pending.write(tokens.part(0, tokens.count - self.aside))
 
     def _decide(self, tokens: Tokens, decided: int, call: Call) -> Tokens:
         """Store the survivors among the oldest ``decided`` of the pending tokens; gives the others, notes taken."""
         keep = cast(Keep, self.keep)
         queries = self.queries.view() if keep.observed_queries else call.query
-        seen = Seen(tokens, decided, queries, call, partial(self.stored.chunks, call), cast(Place, self.place))
+        if self.aside:
+            queries = call.query[:, :, -self.aside :]
+        seen = Seen(tokens, decided, queries, call, partial(self._chunks, call), cast(Place, self.place))
         if keep.traces and tokens.count:
             seen = replace(seen, tokens=tokens.with_trace(keep.trace(seen)))
-        if decided and self.cascade is not None:
-            self.cascade.offer(self.stored.append, seen, self._scores(seen))
+        if decided and isinstance(self.state, LaneState):
+            self.state.keep_(seen, self._scores(seen), keep.assign, self.remains)
+        elif decided and self.cascade is not None:
+            self.cascade.offer(self.stored.append, seen, self._scores(seen), self.remains)
         elif decided:
-            self.stored.append(seen.tokens.gather(self._chosen(seen)))
+            chosen = self._chosen(seen) if keep.decided(tokens.count - self.aside)[1] else None
+            if chosen is not None:
+                self.stored.append(seen.tokens.gather(chosen))
+            if self.remains is not None:
+                self.remains.let_go(seen.tokens.part(0, decided), chosen)
         return seen.tokens.part(decided)
 
     def _scores(self, seen: Seen) -> Tensor:
@@ -366,6 +372,8 @@ class CacheLayer(CacheLayerMixin):
             yield from self.rows.tensors()
         if self.state is not None:
             yield from self.state.tensors()
+        if self.remains is not None:
+            yield from self.remains.tensors()
         yield from self.pending.tensors()
         yield from self.queries.tensors()
         if self.place is not None and self.is_initialized:
@@ -374,6 +382,11 @@ class CacheLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes held, spare capacity included."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def tier_nbytes(self) -> int:
+        """Bytes held on slower tiers."""
+        alone = [] if self.rows is None else self.rows.alone
+        return sum(layer.tier_nbytes() for layer in alone) + (0 if self.state is None else self.state.tier_nbytes())
 
     def get_seq_length(self) -> int:
         """Tokens seen (positions go on from here), not tokens held."""
@@ -441,6 +454,8 @@ class CacheLayer(CacheLayerMixin):
             return held.index_select(0, rows.to(held.device))
 
         self.stored.over_batch_(change)
+        if self.remains is not None:
+            self.remains.over_batch_(change)
         self.pending.over_batch_(change)
         self.queries.over_batch_(change)
 
@@ -458,11 +473,21 @@ class CacheLayer(CacheLayerMixin):
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' sliding-window layer, holding its window and not a view of all that went through it."""
+    """transformers' sliding-window layer, holding its window and not a view of all that went through it.
+
+    Attributes:
+        aside: how many of the last tokens of a call only ask and are not kept.
+    """
+
+    aside = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See transformers."""
         full: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        if self.aside:
+            kept = full[0].shape[2] - self.aside
+            self.keys, self.values = (held[:, :, :kept][:, :, 1 - self.sliding_window :] for held in full)
+            self.cumulative_length -= self.aside
         if not self.record_past and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return full

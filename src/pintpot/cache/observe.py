@@ -22,7 +22,7 @@ WEIGHTS_AT_ONCE = 4 << 20
 
 def reduced_attention(seen: Seen, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """See ``Seen.attention``."""
-    return torch.cat([reduce(weights) for weights in _weights(seen, queries, queries.shape[2])], dim=-1)
+    return torch.cat([reduce(weights) for weights in attention_weights(seen, queries, queries.shape[2])], dim=-1)
 
 
 def received_attention(seen: Seen, queries: Tensor) -> Tensor:
@@ -32,14 +32,14 @@ def received_attention(seen: Seen, queries: Tensor) -> Tensor:
     total: Tensor | None = None
     for start in range(0, count, rows):
         block = queries[:, :, start : start + rows]
-        found = torch.cat([w.sum(dim=3) for w in _weights(seen, block, count - start)], dim=-1)
+        found = torch.cat([w.sum(dim=3) for w in attention_weights(seen, block, count - start)], dim=-1)
         total = found if total is None else total.add_(found)
     if total is None:
         raise ValueError("attention needs at least one query")
     return total
 
 
-def _weights(seen: Seen, queries: Tensor, last: int) -> Iterator[Tensor]:
+def attention_weights(seen: Seen, queries: Tensor, last: int) -> Iterator[Tensor]:
     """Weights (B, K, R, W, N) of consecutive queries, the first of the ``last`` last tokens', chunk by chunk."""
     keys = seen.tokens.keys
     tokens, call = keys.shape[2], seen.call
@@ -60,8 +60,7 @@ def _weights(seen: Seen, queries: Tensor, last: int) -> Iterator[Tensor]:
 
 def _scores(chunk: Chunk, grouped: Tensor, call: Call) -> Tensor:
     """Scores (B, K, R, W, N) of a chunk."""
-    scores = chunk.scores(grouped.flatten(2, 3)).unflatten(2, grouped.shape[2:4])
-    return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    return chunk.capped(grouped.flatten(2, 3), call.softcap).unflatten(2, grouped.shape[2:4])
 
 
 def _hide(scores: Tensor, own: Tensor, start: int) -> Tensor:

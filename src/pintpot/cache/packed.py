@@ -166,6 +166,14 @@ class BlockChunk(Chunk):
         self.block = block
         self.tokens = tokens
 
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.block.read_keys(0, self.tokens).transpose(-1, -2)
+
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return self.block.read_values(0, self.tokens)
+
     def scores(self, query: Tensor) -> Tensor:
         """See ``Chunk.scores``."""
         return query @ self.block.read_keys(0, self.tokens)

@@ -38,15 +38,27 @@ class Rotary:
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """States (B, K, T, D) rotated by positions (1, 1, T) or (B, K, T), in float32."""
-        return self._turn(states, positions, 1.0, self.scaling)
+        return self._turn(states, *self._waves(positions, 1.0, self.scaling))
 
     def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """The inverse of ``rotate``."""
-        return self._turn(states, positions, -1.0, 1.0 / self.scaling)
+        return self._turn(states, *self._waves(positions, -1.0, 1.0 / self.scaling))
 
-    def _turn(self, states: Tensor, positions: Tensor, direction: float, scaling: float) -> Tensor:
+    def shift(self, states: Tensor, tokens: int) -> Tensor:
+        """Rotated states (B, K, T, D) as if they stood ``tokens`` further on, in float32."""
+        steps = torch.full((1, 1, 1), tokens, device=states.device)
+        return self._turn(states, *self._waves(steps, 1.0, 1.0))
+
+    def rotate_mean(self, states: Tensor, positions: Tensor) -> Tensor:
+        """The mean of states (B, K, T, D) rotated by each of positions (n,), in float32."""
+        cos, sin = self._waves(positions, 1.0, self.scaling)
+        return self._turn(states, cos.mean(dim=0), sin.mean(dim=0))
+
+    def _waves(self, positions: Tensor, direction: float, scaling: float) -> tuple[Tensor, Tensor]:
         angles = positions[..., None].float() * self.frequencies.to(positions.device)
-        cos, sin = angles.cos() * scaling, angles.sin() * (scaling * direction)
+        return angles.cos() * scaling, angles.sin() * (scaling * direction)
+
+    def _turn(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = states.float().split([self.channels, states.shape[-1] - self.channels], dim=-1)
         first, second = turned.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
@@ -68,8 +80,8 @@ def rotary_of(config: PretrainedConfig, kind: str) -> Rotary | None:
     if rope_type not in STEADY or text.model_type in INTERLEAVED:
         why = f"of type {rope_type}" if rope_type not in STEADY else "on interleaved channels"
         raise UnsupportedModel(
-            f"{text.model_type} has rotary positions {why}, which this store cannot take off its keys",
-            hint="use a store that takes keys as they are: kivi",
+            f"{text.model_type} has rotary positions {why}, which this cache cannot take off its keys",
+            hint="use techniques that take keys as they are: kivi, lagkv",
         )
     if rope_type != "default":
         given = {"layer_type": kind} if nested else {}

@@ -1,105 +1,143 @@
-"""Padded batches: a layer of the cache for each sequence, so that each is cached as if it were alone.
+"""Tokens that are stored one by one, in columns: what formats share that pack each token by itself.
 
-Tokens are evicted and packed by their number in the text, which differs between sequences of unequal length. So the
-sequences of a padded batch are taken apart; pads are never stored.
+Blocks of ``BLOCK_TOKENS`` tokens are filled one after the other, so that growing copies at most one of them.
+
+Shapes: a column has the tokens in dimension 2, (B, K, T, N) with K and N of its own.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Call
+from pintpot.cache._base import Chunk, Place
 from pintpot.cache.tokens import Tokens
-from pintpot.core.errors import CompositionError
 
-if TYPE_CHECKING:
-    from pintpot.cache.layer import CacheLayer
+BLOCK_TOKENS = 256
+"""Tokens of a block: what streamed attention makes dense at a time."""
+
+STEP_TOKENS = 32
+"""The last block grows by so many tokens: a copy of it every 32 tokens rather than every token."""
+
+Columns = dict[str, Tensor]
 
 
-def real_tokens(mask: Tensor, count: int) -> list[int]:
-    """How many of the last ``count`` tokens of each sequence are no pads, by a mask (B, 1, 1, T).
-
-    Raises:
-        CompositionError: when pads stand anywhere but in front, or the mask says more than padding.
-    """
-    if mask.shape[1:3] != (1, 1):
-        raise CompositionError(
-            "a cache that evicts or packs tokens cannot follow an attention mask of its own",
-            hint="leave out the mask; a padded batch takes an attention mask of zeros and ones",
-        )
-    seen = mask[:, 0, 0].bool() if mask.dtype == torch.bool else mask[:, 0, 0] >= 0
-    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-        raise CompositionError(
-            "pads stand behind tokens, and a cache that evicts or packs cannot leave them out there",
-            hint='pad on the left: tokenizer.padding_side = "left"',
-        )
-    return [int(n) for n in seen[:, -count:].sum(dim=-1)]
+def room_for(tokens: int, place: Place) -> int:
+    """Tokens that rows have room for when they hold ``tokens``."""
+    step = min(STEP_TOKENS, place.grow_tokens)
+    return -(-tokens // step) * step
 
 
 class Rows:
-    """The sequences of a padded batch.
+    """Columns of tokens.
 
     Args:
-        layer: the layer that holds them.
-        batch: how many there are.
+        place: which layer.
+
+    Attributes:
+        tokens: how many are held.
     """
 
-    def __init__(self, layer: CacheLayer, batch: int) -> None:
-        self.layer = layer
-        self.alone = [layer.like() for _ in range(batch)]
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.blocks: list[Columns] = []
+        self.tokens = 0
 
-    def attend(self, tokens: Tokens, call: Call) -> Tensor:
-        """Attention of new tokens (B, K, S, D) to those held of their own sequence: (B, S, H, D), zero for pads."""
-        batch, heads, count, _ = call.query.shape
-        real = [count] * batch if call.mask is None else real_tokens(call.mask, count)
-        out = call.query.new_zeros((batch, count, heads, tokens.values.shape[-1]))
-        for row, n in enumerate(real):
-            layer = self._ready(row)
-            if n:
-                new = tokens.row(row).part(count - n)
-                layer.inputs = None if new.inputs is None else new.inputs[:, 0]
-                handle, _ = layer.update(new.keys, new.values)
-                own = replace(call, query=call.query[row : row + 1, :, count - n :], mask=None)
-                out[row : row + 1, count - n :] = layer.attend(handle, own)
-        return out
+    def append(self, columns: Mapping[str, Tensor]) -> None:
+        """Put tokens (B, K, T, N) of every column behind those that are there."""
+        count = next(iter(columns.values())).shape[2]
+        done = 0
+        while done < count:
+            inside = self.tokens % BLOCK_TOKENS
+            more = min(BLOCK_TOKENS - inside, count - done)
+            room = room_for(inside + more, self.place)
+            if not inside:
+                self.blocks.append({name: _sized(new, room) for name, new in columns.items()})
+            block = self.blocks[-1]
+            for name, new in columns.items():
+                if block[name].shape[2] < room:
+                    grown = _sized(block[name], room)
+                    grown[:, :, :inside] = block[name][:, :, :inside]
+                    block[name] = grown
+                block[name][:, :, inside : inside + more] = new[:, :, done : done + more]
+            self.tokens += more
+            done += more
 
-    def _ready(self, row: int) -> CacheLayer:
-        """The layer of a sequence, among the other layers of the same sequence."""
-        layer = self.alone[row]
-        if self.layer.lower is not None and self.layer.lower.rows is not None:
-            layer.lower = self.layer.lower.rows.alone[row]
-        layer.cascade = None if self.layer.cascade is None else self.layer.cascade.of_row(row)
-        layer.agreement = None if self.layer.agreement is None else self.layer.agreement.of_row(row)
-        return layer
+    def views(self) -> Iterator[tuple[int, Columns]]:
+        """The blocks in order, each with the number of its first token; views of what is filled."""
+        for index in range(len(self.blocks)):
+            start = index * BLOCK_TOKENS
+            yield start, self.read(start, min(self.tokens, start + BLOCK_TOKENS))
+
+    def read(self, start: int, stop: int) -> Columns:
+        """Tokens ``start`` to ``stop``, as views where they are of one block."""
+        parts = []
+        while start < stop:
+            block, inside = self.blocks[start // BLOCK_TOKENS], start % BLOCK_TOKENS
+            more = min(BLOCK_TOKENS - inside, stop - start)
+            parts.append({name: held[:, :, inside : inside + more] for name, held in block.items()})
+            start += more
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that is held."""
-        for layer in self.alone:
-            yield from layer.tensors()
+        """What is held."""
+        for block in self.blocks:
+            yield from block.values()
 
-    def pick_(self, rows: Sequence[int]) -> None:
-        """These sequences in this order, any of them several times."""
-        used: set[int] = set()
-        chosen = []
-        for row in rows:
-            chosen.append(self.alone[row] if row not in used else _copied(self.alone[row]))
-            used.add(row)
-        self.alone = chosen
+    def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held by ``change`` of it."""
+        self.blocks = [{name: change(held) for name, held in block.items()} for block in self.blocks]
 
 
-def _copied(layer: CacheLayer) -> CacheLayer:
-    """A layer that holds the same and shares nothing but what calibration found."""
-    other = layer.like()
-    shared = {id(layer.place): other.place, id(layer.store): layer.store, id(layer.keep): layer.keep}
-    for name in ("state", "pending", "queries", "seen", "batch_size", "is_initialized"):
-        setattr(other, name, copy.deepcopy(getattr(layer, name), dict(shared)))
-    for name in ("dtype", "device", "heads"):
-        if hasattr(layer, name):
-            setattr(other, name, getattr(layer, name))
-    return other
+def _sized(like: Tensor, tokens: int) -> Tensor:
+    return like.new_empty((like.shape[0], like.shape[1], tokens, *like.shape[3:]))
+
+
+def position_column(tokens: Tokens, place: Place, heads: int) -> Columns:
+    """The column that tells tokens' positions, int32 (B, heads, T, 1); none where they are consecutive."""
+    if place.consecutive:
+        return {}
+    batch = tokens.keys.shape[0]
+    return {"positions": tokens.positions.to(torch.int32).expand(batch, heads, -1)[..., None]}
+
+
+def position_bytes(place: Place, heads: int) -> int:
+    """Bytes of one token's positions."""
+    return 0 if place.consecutive else 4 * heads
+
+
+def positions_of(columns: Columns, start: int, count: int, device: torch.device) -> Tensor:
+    """Positions, (1, 1, T) or (B, heads, T), of ``count`` tokens of which the first is number ``start``."""
+    if "positions" in columns:
+        return columns["positions"].squeeze(-1)
+    return torch.arange(start, start + count, device=device)[None, None]
+
+
+def joined(states: Tensor) -> Tensor:
+    """Heads (B, K, T, D) as one vector a token: (B, 1, T, K * D)."""
+    return states.transpose(1, 2).flatten(-2).unsqueeze(1)
+
+
+class LazyChunk(Chunk):
+    """Tokens whose keys and values are made when they are asked for, and forgotten again.
+
+    Args:
+        tokens: how many.
+        keys: gives float32 (B, K, tokens, D).
+        values: likewise.
+    """
+
+    def __init__(self, tokens: int, keys: Callable[[], Tensor], values: Callable[[], Tensor]) -> None:
+        self.tokens, self.keys, self.values = tokens, keys, values
+
+    def scores(self, query: Tensor) -> Tensor:
+        """See ``Chunk.scores``."""
+        return query @ self.keys().transpose(-1, -2)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """See ``Chunk.mix``."""
+        return weights @ self.values()

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
 from pintpot.cache._base import Seen
-from pintpot.cache.fraction import FractionKeep
+from pintpot.cache.window import WindowKeep, pooled, summed
 from pintpot.core.ledger import Account
 from pintpot.core.technique import Claim, Source, technique
 
@@ -38,7 +37,7 @@ from pintpot.core.technique import Claim, Source, technique
     fidelity="a share of what comes instead of a fixed number of the prompt's tokens",
 )
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(FractionKeep):
+class SnapKV(WindowKeep):
     """Votes of a window of recent queries.
 
     Attributes:
@@ -54,22 +53,6 @@ class SnapKV(FractionKeep):
     kernel_size: int = 5
     sink_tokens: int = 0
 
-    @property
-    def recent(self) -> int:
-        """See ``Keep.recent``."""
-        return self.window_tokens
-
-    @property
-    def observed_queries(self) -> int:
-        """See ``Keep.observed_queries``."""
-        return self.window_tokens
-
     def score(self, seen: Seen) -> Tensor:
         """See ``Keep.score``: the window's attention, averaged over neighbours."""
-        votes = seen.attention(lambda weights: weights.sum(dim=3)).mean(dim=2)[..., : seen.decided]
-        return pooled(votes, self.kernel_size)
-
-
-def pooled(scores: Tensor, kernel_size: int) -> Tensor:
-    """Scores (B, K, T), each the mean of ``kernel_size`` neighbours; those beyond the ends count as zero."""
-    return functional.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+        return pooled(self.votes(seen, summed), self.kernel_size)

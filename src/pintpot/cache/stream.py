@@ -7,7 +7,7 @@ Shapes:  B batch, H query heads, K key-value heads, R = H / K, S queries, Q quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pintpot.cache._base import Call, Chunk
 from pintpot.cache.dense import CHUNK_TOKENS, dense_chunks
+from pintpot.cache.residue import ResidueState
 from pintpot.core.errors import CompositionError
 
 SCORES_AT_ONCE = 4 << 20
@@ -56,13 +57,14 @@ def _causal(queries: int, tokens: int, device: torch.device) -> Tensor:
     return (torch.arange(tokens, device=device) <= rows[:, None])[None, None]
 
 
-def attend_chunks(call: Call, chunks: Sequence[Chunk], heads: int) -> Tensor:
+def attend_chunks(call: Call, chunks: Sequence[Chunk], heads: int, residue: ResidueState | None = None) -> Tensor:
     """Attention to chunks of stored tokens, the last S of them the queries' own.
 
     Args:
         call: the queries and what they may see; the mask's columns are the chunks' tokens.
         chunks: in order.
         heads: key-value heads K.
+        residue: what is left of tokens that are in no chunk, seen by all queries.
 
     Returns:
         (B, S, H, D) in the query's dtype.
@@ -82,12 +84,13 @@ def attend_chunks(call: Call, chunks: Sequence[Chunk], heads: int) -> Tensor:
         )
     batch, query_heads, queries, _ = call.query.shape
     rows = max(1, SCORES_AT_ONCE // (batch * query_heads * CHUNK_TOKENS))
-    blocks = [_attend_rows(call, chunks, heads, total, slice(s, s + rows)) for s in range(0, queries, rows)]
+    blocks = [_attend_rows(call, chunks, heads, residue, slice(s, s + rows)) for s in range(0, queries, rows)]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).to(call.query.dtype)
 
 
-def _attend_rows(call: Call, chunks: Sequence[Chunk], heads: int, total: int, rows: slice) -> Tensor:
+def _attend_rows(call: Call, chunks: Sequence[Chunk], heads: int, residue: ResidueState | None, rows: slice) -> Tensor:
     """The output (B, Q, H, D) in float32 of some of the queries."""
+    total = sum(chunk.tokens for chunk in chunks)
     query = call.query[:, :, rows]
     batch, query_heads, count, _ = query.shape
     grouped = (query.float() * call.scaling).reshape(batch, heads, -1, query.shape[-1])
@@ -96,10 +99,11 @@ def _attend_rows(call: Call, chunks: Sequence[Chunk], heads: int, total: int, ro
     for chunk, start in _with_starts(chunks):
         if start >= last_seen:
             break
-        scores = chunk.scores(grouped)
-        if call.softcap is not None:
-            scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
-        online.add(_masked(call, scores, rows.start, start, total, heads), chunk)
+        scores = chunk.capped(grouped, call.softcap)
+        online.add(_masked(call, scores, rows.start, start, total, heads), chunk.mix)
+    if residue is not None:
+        scores, values = residue.answer(query)
+        online.add(scores, values.mul)
     out = online.out / online.norm
     return out.reshape(batch, query_heads, count, -1).transpose(1, 2)
 
@@ -152,14 +156,14 @@ class _Online:
             self.norm = torch.ones_like(self.top)
             self.out = torch.zeros_like(self.top)
 
-    def add(self, scores: Tensor, chunk: Chunk) -> None:
-        """One more chunk with its scores (B, K, M, N)."""
+    def add(self, scores: Tensor, mix: Callable[[Tensor], Tensor]) -> None:
+        """One more chunk with its scores (B, K, M, N), and what gives its values by their weights."""
         top = scores.amax(dim=-1, keepdim=True)
         if self.top is not None:
             top = torch.maximum(top, self.top)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(dim=-1, keepdim=True)
-        out = chunk.mix(weights)
+        out = mix(weights)
         if self.top is not None:
             shrink = (self.top - top).exp_()
             norm = norm.add_(self.norm * shrink)

@@ -59,6 +59,15 @@ class Tokens:
 
         return self._each(pick)
 
+    def of_heads(self, heads: Tensor) -> Tokens:
+        """Only some heads: int64 (B, h)."""
+
+        def pick(held: Tensor) -> Tensor:
+            index = heads.reshape(*heads.shape, *[1] * (held.dim() - 2))
+            return held if held.shape[1] == 1 else held.gather(1, index.expand(-1, -1, *held.shape[2:]))
+
+        return self._each(pick)
+
     def with_trace(self, trace: Tensor | None) -> Tokens:
         """The same tokens with another note."""
         return replace(self, trace=trace)

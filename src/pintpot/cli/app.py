@@ -12,7 +12,19 @@ import typer
 import typer.core
 
 from pintpot._version import __version__
-from pintpot.cli import compress, demo, finetune, generate, ledger, machine, plan, pretrain, techniques
+from pintpot.cli import (
+    calibrate,
+    compress,
+    convert,
+    demo,
+    finetune,
+    generate,
+    ledger,
+    machine,
+    plan,
+    pretrain,
+    techniques,
+)
 from pintpot.cli._output import print_error
 from pintpot.core.errors import Interrupted, PintpotError
 
@@ -87,6 +99,8 @@ for _name, _module in (
     ("finetune", finetune),
     ("pretrain", pretrain),
     ("compress", compress),
+    ("convert", convert),
+    ("calibrate", calibrate),
     ("plan", plan),
     ("ledger", ledger),
     ("machine", machine),

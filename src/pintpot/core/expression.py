@@ -73,7 +73,8 @@ def _value(text: str) -> object:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        if _WORD.match(text):
+        # What looks like a technique is one technique's name in another's parameter.
+        if _WORD.match(text) or _PART.match(text):
             return text
         raise CompositionError(
             f"cannot read the value {text!r}", hint="write a number, a word, a path, True or False"

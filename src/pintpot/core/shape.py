@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,12 @@ _NOT_ARCHITECTURE = {
     "use_cache",
     "quantization_config",
 }
+
+OWN_ARCHITECTURES = {
+    "pintpot_latent": "pintpot.cache.conversions.latent",
+    "pintpot_memory": "pintpot.cache.conversions.memory",
+}
+"""Architectures that transformers does not have, and the module that registers each when it is imported."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,9 @@ class ModelShape:
             raise ModelFolderError(
                 f"{file} is not valid JSON: {error}", hint="download or write the configuration again"
             ) from error
+        own = OWN_ARCHITECTURES.get(str(data.get("model_type"))) if isinstance(data, dict) else None
+        if own is not None:
+            importlib.import_module(own)
         try:
             config = AutoConfig.for_model(**data) if "model_type" in data else None
         except (ArithmeticError, AttributeError, StrictDataclassError) as error:

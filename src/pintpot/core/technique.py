@@ -107,6 +107,8 @@ class Technique:
     """
 
     facts: ClassVar[Facts]
+    same_at_every_depth: ClassVar[bool] = True
+    """Whether every block of a model is treated alike, so that a few of them tell what happens in a deep model."""
 
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
         """The ledger of the run with this technique, from that of the run without it."""

@@ -21,7 +21,9 @@ from transformers import Cache, PreTrainedModel
 from pintpot.activations._base import ActivationMethod
 from pintpot.adapters._base import AdapterMethod
 from pintpot.cache import build_cache, use_cache_attention
-from pintpot.cache._base import Keep, Store
+from pintpot.cache._base import Keep, LayerSharing, Store
+from pintpot.cache.chunked_prefill import ChunkedPrefill
+from pintpot.cache.residue import Residue
 from pintpot.core.errors import CompositionError, PlanError
 from pintpot.core.heap import return_freed_memory
 from pintpot.core.plan import Plan
@@ -57,6 +59,9 @@ class Composition:
     weights: WeightMethod | None = None
     keep: Keep | None = None
     store: Store | None = None
+    layers: LayerSharing | None = None
+    residue: Residue | None = None
+    prefill: ChunkedPrefill | None = None
     parameters: Parameterization | None = None
     optimizer: OptimMethod | None = None
     states: OptimExtra | None = None
@@ -87,6 +92,11 @@ class Composition:
         return cls(**places)  # type: ignore[arg-type]  # each part of a slot has its own type
 
     @property
+    def changes_cache(self) -> bool:
+        """Whether generation needs a cache of ours."""
+        return any(part is not None for part in (self.keep, self.store, self.layers, self.residue))
+
+    @property
     def extras(self) -> dict[str, Any]:
         """Arguments for the optimizer from the techniques beside its method."""
         chosen = (self.states, self.release, self.rule, self.rounding)
@@ -97,6 +107,9 @@ _PLACES: dict[tuple[str, str], str] = {
     ("weights", ""): "weights",
     ("cache", "keep"): "keep",
     ("cache", "store"): "store",
+    ("cache", "layers"): "layers",
+    ("cache", "residue"): "residue",
+    ("cache", "prefill"): "prefill",
     ("optimizer", "parameters"): "parameters",
     ("optimizer", ""): "optimizer",
     ("optimizer", "states"): "states",
@@ -208,7 +221,8 @@ def dress(
     """
     if not workload.training:
         cache = _cache(model, composition, workload)
-        return Assembled(model=model.eval(), cache=cache, scope=_attention(model, composition))
+        piece = None if composition.prefill is None else composition.prefill.piece_tokens
+        return Assembled(model=model.eval(), cache=cache, scope=_attention(model, composition), piece_tokens=piece)
     trained = trained if trained is not None else _adapted(model, composition, workload)
     if composition.parameters is not None:
         composition.parameters.prepare_(trained, seed)
@@ -256,7 +270,7 @@ def _load(folder: Path, composition: Composition, dtype: torch.dtype) -> PreTrai
 
 
 def _cache(model: PreTrainedModel, composition: Composition, workload: Workload) -> Callable[[], Cache] | None:
-    if composition.keep is None and composition.store is None:
+    if not composition.changes_cache:
         return None
     tokens = workload.prompt_tokens + workload.new_tokens if isinstance(workload, Generate) else None
     return partial(
@@ -264,13 +278,15 @@ def _cache(model: PreTrainedModel, composition: Composition, workload: Workload)
         model.config,
         keep=composition.keep,
         store=composition.store,
+        layers=composition.layers,
+        residue=composition.residue,
         tokens=tokens,
         dtype=model.dtype,
     )
 
 
 def _attention(model: PreTrainedModel, composition: Composition) -> Callable[[], AbstractContextManager[Any]]:
-    if composition.keep is None and composition.store is None:
+    if not composition.changes_cache:
         return nullcontext
     return partial(use_cache_attention, model)
 

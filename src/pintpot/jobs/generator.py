@@ -209,7 +209,7 @@ class Generator:
             for _ in range(self.settings.new_tokens):
                 began = time.perf_counter()
                 if progress is None:
-                    progress = steps.prefill(model, tokens, self.live.cache() if self.live.cache is not None else None)
+                    progress = self.live.prefill(tokens)
                     self.speed.prefill(tokens.numel(), time.perf_counter() - began)
                 else:
                     progress = steps.decode(model, tokens, progress)

@@ -52,7 +52,7 @@ def run_generation(live: Assembled, workload: Generate) -> None:
     """Greedy generation of exactly the workload's sizes from random tokens."""
     prompt = _random_tokens(live, workload.batch, workload.prompt_tokens)
     with live.scope():
-        progress = steps.prefill(live.model, prompt, live.cache() if live.cache is not None else None)
+        progress = live.prefill(prompt)
         for _ in range(workload.new_tokens - 1):
             progress = steps.decode(live.model, steps.choose(progress), progress)
 

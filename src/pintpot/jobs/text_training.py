@@ -211,8 +211,8 @@ def train_on_text(
         PintpotError: as ``finetune`` and ``pretrain`` do.
     """
     target = refuse_existing(out)
-    _require_range(job.source, text, settings.tokens)
-    batches = _batches(text, settings, wish.seed)
+    require_range(job.source, text, settings.tokens)
+    batches = update_batches(text, settings, wish.seed)
     steps = len(batches) // settings.accumulate
     workload = job.workload(batch=settings.batch, tokens=settings.tokens, steps=steps)
     plan = require_fit(choose(job.source, workload, wish))
@@ -285,7 +285,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _batches(text: Text, settings: TextSettings, seed: int) -> PackedText:
+def update_batches(text: Text, settings: TextSettings, seed: int) -> PackedText:
     """The packed training sequences of the whole run."""
     rows = PackedText(text.training, sequence_tokens=settings.tokens, sequences=settings.batch, seed=seed)
     per_update = settings.batch * settings.accumulate
@@ -343,8 +343,12 @@ def _rates(plan: Plan, settings: TextSettings) -> Rates:
     return Rates(usual if settings.learning_rate is None else settings.learning_rate, settings.weight_decay)
 
 
-def _require_range(source: Path, text: Text, tokens: int) -> None:
-    """Refuse tokens that the model has no embedding for, and sequences that it has no positions for."""
+def require_range(source: Path, text: Text, tokens: int) -> None:
+    """Refuse tokens that the model has no embedding for, and sequences that it has no positions for.
+
+    Raises:
+        ShapeError: naming the token, or the longest sequence.
+    """
     config = ModelShape.from_folder(source).config
     size = config.get_text_config().vocab_size
     largest = max(int(part.max(initial=0)) for part in (text.training, text.held_out))

@@ -118,9 +118,7 @@ def _count(build: Build, shape: ModelShape, workload: Workload) -> Work:
 def _count_generation(job: Assembled, workload: Generate) -> Mapping[str, PhaseWork]:
     with torch.no_grad(), job.scope():
         with WorkCounter() as first:
-            progress = steps.prefill(
-                job.model, _tokens(workload.batch, workload.prompt_tokens), None if job.cache is None else job.cache()
-            )
+            progress = job.prefill(_tokens(workload.batch, workload.prompt_tokens))
             token = steps.choose(progress)
         if workload.new_tokens == 1:
             return {"prefill": first.work()}

@@ -30,7 +30,7 @@ from pintpot.core.workload import Generate, Train, Workload
 from pintpot.ledger.depth import extend, layers_of, shallow_depths, with_depth
 from pintpot.ledger.fakes import MissingShapes, PassThroughCache
 from pintpot.ledger.reach import base_model
-from pintpot.ledger.steps import choose, decode, prefill, train_step
+from pintpot.ledger.steps import Progress, choose, decode, prefill, train_step
 from pintpot.ledger.timeline import Sample
 from pintpot.ledger.tracker import Tracker
 
@@ -44,12 +44,19 @@ class Assembled:
         optimizer: over the model's trainable parameters; None for generation.
         cache: makes an empty cache for one generation; None lets the model make its own.
         scope: makes the context around each forward and backward pass of training, or around a generation.
+        piece_tokens: tokens of a prompt that are read at once; None reads all.
     """
 
     model: nn.Module
     optimizer: Optimizer | None = None
     cache: Callable[[], Cache] | None = None
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    piece_tokens: int | None = None
+
+    def prefill(self, input_ids: Tensor) -> Progress:
+        """Read a prompt (batch, tokens) into a new cache, inside ``scope``."""
+        cache = None if self.cache is None else self.cache()
+        return prefill(self.model, input_ids, cache, self.piece_tokens)
 
 
 Build = Callable[[ModelShape], Assembled]
@@ -165,7 +172,7 @@ def _generate(job: Assembled, workload: Generate, tracker: Tracker) -> None:
     """
     prompt = _tokens(workload.batch, workload.prompt_tokens)
     with torch.no_grad(), job.scope():
-        progress = prefill(job.model, prompt, None if job.cache is None else job.cache())
+        progress = job.prefill(prompt)
         next_token = choose(progress)
         if workload.new_tokens > 2:
             progress = decode(job.model, next_token, progress)

@@ -33,17 +33,22 @@ class Progress:
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, input_ids: Tensor, cache: Any = None) -> Progress:
+def prefill(model: nn.Module, input_ids: Tensor, cache: Any = None, piece_tokens: int | None = None) -> Progress:
     """Read a prompt into a cache; an encoder-decoder model encodes it and starts its answer.
 
     Args:
         model: a causal or encoder-decoder language model of transformers, or a peft model around one.
         input_ids: (batch, tokens), int64, without padding.
         cache: an empty cache; None lets the model make its own.
+        piece_tokens: read at most so many tokens at once; None reads all.
     """
     config: Any = model.config
     if not config.is_encoder_decoder:
-        return _forward(model, input_ids, cache, 0)
+        first, *pieces = input_ids.split(piece_tokens or input_ids.shape[1], dim=1)
+        progress = _forward(model, first, cache, 0)
+        for piece in pieces:
+            progress = decode(model, piece, progress)
+        return progress
     base = base_model(model)
     encoded = base.get_encoder()(input_ids=input_ids)
     start = torch.full_like(input_ids[:, :1], config.decoder_start_token_id or 0)

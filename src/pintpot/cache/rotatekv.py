@@ -1,0 +1,338 @@
+"""RotateKV: rotate outliers away before packing each token to a few bits, and keep attention sinks as they are.
+
+Source:    Su et al. 2025, "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via Outlier-Aware
+           Adaptive Rotations", arXiv:2501.16383, with the settings of the authors' code (ZunhaiSu/RotateKV).
+Differs:   without a calibration, channels are ordered by the sums of the first tokens seen. Massive activations are
+           looked for in what attention is given, after its norm, as the ratio of a token's greatest number to its
+           mean one. At 2 bits a group's range is narrowed to 0.8 of it about its middle. Where heads times their size
+           is no power of 2, the transform has smaller blocks.
+Saves:     kv_cache, real: bits + 32 / group_size bits for each number, and the sinks exactly beside. Attending makes
+           256 tokens float32 at a time, a few times over.
+Shapes:    keys as one vector a token, packed (B, 1, T, bytes); values packed (B, K, T, bytes); sinks (B, K, n, D).
+Composes:  any keep; its heads then keep the same tokens, since the rotation mixes them.
+Use when:  2 or 3 bits, token by token with no window, on a model whose keys have outlier channels.
+Not when:  decoding must be fast on a processor: taking a rotation off costs more than unpacking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache.calibration import Calibrated, sample_layer
+from pintpot.cache.forecast import places_of
+from pintpot.cache.geometry import has_full_attention, layer_kinds
+from pintpot.cache.packed import quantize, restore, scale_dtype
+from pintpot.cache.rows import (
+    BLOCK_TOKENS,
+    Columns,
+    LazyChunk,
+    Rows,
+    joined,
+    position_bytes,
+    position_column,
+    positions_of,
+    room_for,
+)
+from pintpot.cache.tokens import Buffer, Tokens
+from pintpot.core.errors import CompositionError
+from pintpot.core.ledger import Account
+from pintpot.core.shape import ModelShape
+from pintpot.core.technique import Claim, Source, technique
+from pintpot.core.workload import Workload
+from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels.hadamard import hadamard, power_of_two
+
+RISK = {8: 0.0, 7: 0.0001, 6: 0.0003, 5: 0.001, 4: 0.003, 3: 0.015, 2: 0.085, 1: 1.0}
+"""Relative rise of perplexity by bits: at 8, 4, 3 and 2 bits as measured on the embedded model, between them by the
+logarithm; 1 bit is a guess."""
+
+CLIP = {2: 0.8}
+"""Share of a group's range that codes span, where not all of it: the authors' setting for 2 bits."""
+
+
+@technique(
+    name="rotatekv",
+    wing="cache",
+    part="store",
+    source=Source(
+        "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via Outlier-Aware Adaptive Rotations",
+        year=2025,
+        arxiv="2501.16383",
+    ),
+    accounts=[Account.KV_CACHE],
+    claims=[
+        Claim("rise of perplexity", 0.3, versus="FP16", at="2 bits, LLaMA-2-13B, WikiText-2", where="abstract"),
+        Claim("peak memory", 3.97, versus="FP16", at="2 bits", where="abstract"),
+        Claim("largest batch that fits", 5.75, versus="FP16", at="2 bits", where="abstract"),
+    ],
+    fidelity="channel order from the first tokens unless calibrated; sinks found behind the norm",
+    needs=("even_heads",),
+)
+@dataclass(frozen=True, kw_only=True)
+class RotateKV(Calibrated, Store):
+    """Rotated asymmetric quantisation, token by token.
+
+    Attributes:
+        bits: width of a code, 1 to 8.
+        group_size: channels that share a scale, at most.
+        head_group: heads whose keys are rotated together, at most.
+        sink_tokens: tokens with the most massive activations, kept exactly; found in the first call that has so many.
+        calibration: the file of the channels' order; not needed.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
+    shared_tokens: ClassVar[str] = "heads"
+    bits: int = 2
+    group_size: int = 128
+    head_group: int = 4
+    sink_tokens: int = 20
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise CompositionError(f"rotatekv has 1 to 8 bits, not {self.bits}", hint="for instance rotatekv(bits=4)")
+        if min(self.group_size, self.head_group) < 1 or self.sink_tokens < 0:
+            raise CompositionError(
+                f"rotatekv: {self.group_size} channels in a group, {self.head_group} heads rotated together and "
+                f"{self.sink_tokens} sinks are not sizes it can have",
+                hint="the authors use group_size=128, head_group=4 and sink_tokens=20",
+            )
+
+    def layout(self, sizes: LayerSizes) -> Layout:
+        """How a layer is rotated and packed."""
+        heads = _divisor(sizes.heads, self.head_group)
+        return Layout(
+            self.bits,
+            _divisor(sizes.heads * sizes.key_dim, self.group_size),
+            _divisor(sizes.value_dim, self.group_size),
+            power_of_two(heads * sizes.key_dim),
+            power_of_two(sizes.value_dim),
+        )
+
+    def open(self, place: Place) -> RotateKVState:
+        """See ``Store.open``."""
+        return RotateKVState(self, place)
+
+    def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
+        """See ``Store.predict_bytes``."""
+        if not tokens:
+            return 0
+        sizes = place.sizes
+        row = self.layout(sizes).token_bytes(sizes) + position_bytes(place, 1)
+        sinks = self.sink_tokens * (sizes.heads * (sizes.key_dim + sizes.value_dim) * dtype.itemsize + 4)
+        order = 0 if self.calibration else 4 * sizes.heads * sizes.key_dim
+        return batch * (room_for(tokens, place) * row + sinks + order)
+
+    def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
+        """Codes, and numbers of one block before and after a step of the transform."""
+        return BLOCK_TOKENS * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim) * (1 + 3 * 4)
+
+    def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
+        """See ``Store.decode_bytes``: about ten passes over float32 to unpack, order and turn, and three a step."""
+        steps = self.layout(place.sizes).key_block.bit_length() - 1
+        numbers = place.sizes.dense_bytes(tokens, batch, torch.float32)
+        return self.predict_bytes(tokens, place, batch, dtype) + numbers * (10 + 3 * steps)
+
+    def risk(self, shape: ModelShape, workload: Workload) -> float:
+        """From the table."""
+        return RISK[self.bits]
+
+    @classmethod
+    def options(cls, shape: ModelShape, workload: Workload) -> Iterable[RotateKV]:
+        """4 to 2 bits; none for a model without full attention."""
+        if has_full_attention(shape.config):
+            for bits in (4, 3, 2):
+                yield cls(bits=bits)
+
+    def needs_calibration(self, config: PretrainedConfig) -> bool:
+        """See ``Calibrated.needs_calibration``: the first tokens do."""
+        return False
+
+    @torch.no_grad()
+    def fit(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """See ``Calibrated.fit``: each layer's channels, in the order of their sums over the texts."""
+        found = []
+        for index in range(len(places_of(layer_kinds(model.config), None, None))):
+            total = torch.zeros(())
+            for text in texts:
+                sample = sample_layer(model, text, index)
+                block = self.layout(sample.place.sizes).key_block
+                total = total + hadamard(joined(sample.unrotated_keys()), block).sum(dim=(0, 1, 2))
+            found.append({"order": total.argsort().to(torch.int32)})
+        return found
+
+    def calibration_bytes(self, place: Place, dtype: torch.dtype) -> int:
+        """See ``Calibrated.calibration_bytes``."""
+        return 4 * place.sizes.heads * place.sizes.key_dim if self.calibration else 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a layer are rotated and packed.
+
+    Attributes:
+        bits: width of a code.
+        key_group: channels of a token's keys (all heads') that share a scale.
+        value_group: channels of a head's values that do.
+        key_block: channels that are mixed by the rotation.
+        value_block: likewise.
+    """
+
+    bits: int
+    key_group: int
+    value_group: int
+    key_block: int
+    value_block: int
+
+    def token_bytes(self, sizes: LayerSizes) -> int:
+        """Bytes of one packed token."""
+        keys = sizes.heads * sizes.key_dim
+        values = packed_size(sizes.value_dim, self.bits) + 4 * (sizes.value_dim // self.value_group)
+        return packed_size(keys, self.bits) + 4 * (keys // self.key_group) + sizes.heads * values
+
+    def packed(self, name: str, numbers: Tensor, group: int, dtype: torch.dtype) -> Columns:
+        """Numbers (B, K, T, N) packed token by token: codes, scale and low."""
+        groups = numbers.unflatten(-1, (-1, group))
+        codes, scale, low = quantize(_narrowed(groups, CLIP.get(self.bits, 1.0)), self.bits, dtype)
+        return {name: pack(codes.flatten(-2), self.bits), f"{name}_scale": scale, f"{name}_low": low}
+
+    def restored(self, name: str, columns: Columns, count: int, group: int) -> Tensor:
+        """The numbers, float32 (B, K, T, count)."""
+        codes = unpack(columns[name], self.bits, count).unflatten(-1, (-1, group))
+        return restore(codes, columns[f"{name}_scale"], columns[f"{name}_low"])
+
+
+class RotateKVState(StoreState):
+    """Packed rows, and the sinks beside them, which stand for their own packed selves."""
+
+    def __init__(self, method: RotateKV, place: Place) -> None:
+        self.place, self.layout = place, method.layout(place.sizes)
+        self.sink_tokens = method.sink_tokens
+        self.rows = Rows(place)
+        self.order: Tensor | None = None
+        self.sinks = {"keys": Buffer(), "values": Buffer(), "index": Buffer()}
+
+    @property
+    def tokens(self) -> int:
+        """See ``StoreState.tokens``."""
+        return self.rows.tokens
+
+    def append(self, tokens: Tokens) -> None:
+        """See ``StoreState.append``."""
+        self._keep_sinks(tokens)
+        for start in range(0, tokens.count, BLOCK_TOKENS):
+            self._pack(tokens.part(start, start + BLOCK_TOKENS))
+
+    def _pack(self, tokens: Tokens) -> None:
+        rotary, keys = self.place.rotary, tokens.keys.float()
+        rotated = hadamard(joined(rotary.unrotate(keys, tokens.positions) if rotary else keys), self.layout.key_block)
+        if self.order is None and "order" not in self.place.tensors:
+            self.order = rotated.sum(dim=2, keepdim=True).argsort(dim=-1).to(torch.int32)
+        ordered = rotated.gather(-1, self._order().expand_as(rotated))
+        values = hadamard(tokens.values.float(), self.layout.value_block)
+        scales = scale_dtype(tokens.keys.dtype)
+        self.rows.append(
+            {
+                **self.layout.packed("keys", ordered, self.layout.key_group, scales),
+                **self.layout.packed("values", values, self.layout.value_group, scales),
+                **position_column(tokens, self.place, 1),
+            }
+        )
+
+    def _order(self) -> Tensor:
+        """int64 (B or 1, 1, 1, channels): which channel comes at each place."""
+        if self.order is None:
+            return self.place.tensors["order"].long()[None, None, None]
+        return self.order.long()
+
+    def _keep_sinks(self, tokens: Tokens) -> None:
+        """Keep those of the new tokens with the most massive activations, while there is room for sinks."""
+        if self.sinks["index"].held is None:
+            self.sinks["keys"].allocate(tokens.keys, self.sink_tokens)
+            self.sinks["values"].allocate(tokens.values, self.sink_tokens)
+            numbers = tokens.keys.new_empty((tokens.keys.shape[0], 1, 0, 1), dtype=torch.int32)
+            self.sinks["index"].allocate(numbers, self.sink_tokens)
+        count = min(self.sinks["index"].room, tokens.count)
+        if not count or tokens.inputs is None:
+            return
+        chosen = peaks(tokens.inputs).topk(count, dim=-1).indices.sort(dim=-1).values
+        found = tokens.gather(chosen)
+        self.sinks["keys"].write(found.keys)
+        self.sinks["values"].write(found.values)
+        self.sinks["index"].write((chosen + self.tokens).to(torch.int32)[..., None])
+
+    def chunks(self, call: Call) -> Iterator[Chunk]:
+        """See ``StoreState.chunks``."""
+        for start, columns in self.rows.views():
+            count = columns["keys"].shape[2]
+            make = (partial(self._keys, columns, start, count), partial(self._values, columns, start))
+            yield LazyChunk(count, *make)
+
+    def _keys(self, columns: Columns, start: int, count: int) -> Tensor:
+        sizes, layout, rotary = self.place.sizes, self.layout, self.place.rotary
+        ordered = layout.restored("keys", columns, sizes.heads * sizes.key_dim, layout.key_group)
+        rotated = ordered.gather(-1, self._order().argsort(dim=-1).expand_as(ordered))
+        keys = hadamard(rotated, layout.key_block).squeeze(1).unflatten(-1, (sizes.heads, -1)).transpose(1, 2)
+        if rotary is not None:
+            keys = rotary.rotate(keys, positions_of(columns, start, count, keys.device))
+        return self._with_sinks("keys", keys, start)
+
+    def _values(self, columns: Columns, start: int) -> Tensor:
+        layout = self.layout
+        rotated = layout.restored("values", columns, self.place.sizes.value_dim, layout.value_group)
+        return self._with_sinks("values", hadamard(rotated, layout.value_block), start)
+
+    def _with_sinks(self, name: str, numbers: Tensor, start: int) -> Tensor:
+        """Numbers (B, K, T, D) of which the first is number ``start``, sinks in their places."""
+        if not self.sinks["index"].tokens:
+            return numbers
+        count = numbers.shape[2]
+        index = self.sinks["index"].view().long() - start
+        # Sinks of other blocks go to a place behind the last, which is left out again.
+        index = torch.where((index >= 0) & (index < count), index, torch.full_like(index, count))
+        exact = self.sinks[name].view().float()
+        room = torch.cat([numbers, numbers[:, :, :1]], dim=2)
+        return room.scatter_(2, index.expand_as(exact), exact)[:, :, :count]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See ``StoreState.tensors``."""
+        yield from self.rows.tensors()
+        for buffer in self.sinks.values():
+            yield from buffer.tensors()
+        if self.order is not None:
+            yield self.order
+
+    def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See ``StoreState.over_batch_``."""
+        self.rows.over_batch_(change)
+        for buffer in self.sinks.values():
+            buffer.over_batch_(change)
+        self.order = None if self.order is None else change(self.order)
+
+
+def peaks(inputs: Tensor) -> Tensor:
+    """How far each token's greatest number stands above its mean one: (B, 1, T) from (B, 1, T, hidden)."""
+    sizes = inputs.float().abs()
+    return sizes.amax(dim=-1) / sizes.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _narrowed(groups: Tensor, share: float) -> Tensor:
+    """Groups (..., G), cut to a share of their range about its middle."""
+    if share == 1:
+        return groups
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    cut = (high - low) * ((1 - share) / 2)
+    return groups.clamp(low + cut, high - cut)
+
+
+def _divisor(size: int, most: int) -> int:
+    """The greatest divisor of a size that is at most ``most``."""
+    return next(number for number in range(min(size, most), 0, -1) if size % number == 0)

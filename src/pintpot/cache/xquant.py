@@ -1,0 +1,316 @@
+"""XQuant: store what attention is given, in a few bits, and make keys and values from it again.
+
+Source:    Tomar et al. 2025, "XQuant: Breaking the Memory Wall for LLM Inference with KV Cache Rematerialization",
+           arXiv:2508.10395.
+Differs:   where the input is larger than keys and values together (grouped queries), the model keeps its projections
+           and the singular vectors of W_k and W_v are held beside them. Scales of the latents' keys are found over the
+           tokens of a channel, as in KIVI, with a window of one group.
+Saves:     kv_cache, real: bits + 32 / group_size bits for each number of the input (or of the latents), instead of 16
+           for each of the keys and values. Attending makes 256 tokens float32 at a time.
+Shapes:    inputs (B, 1, T, hidden), packed (B, 1, T, bytes); latents (B, 1, T, K * D) each for keys and values.
+Composes:  any keep; its heads then keep the same tokens, which come from one input.
+Use when:  every query head has its own keys and values: the input is half of them, and is easier to round.
+Not when:  decoding is bound by arithmetic: each step multiplies all stored tokens by W_k and W_v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache.calibration import Calibrated, LayerSample, sample_layer
+from pintpot.cache.forecast import places_of
+from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
+from pintpot.cache.kivi import KIVI
+from pintpot.cache.latent import LatentState, latent_bytes, open_latents
+from pintpot.cache.packed import quantize, restore, scale_dtype
+from pintpot.cache.rematerialize import Projections, check_projections
+from pintpot.cache.rows import (
+    BLOCK_TOKENS,
+    Columns,
+    LazyChunk,
+    Rows,
+    position_bytes,
+    position_column,
+    positions_of,
+    room_for,
+)
+from pintpot.cache.tokens import Tokens
+from pintpot.core.errors import CompositionError
+from pintpot.core.ledger import Account
+from pintpot.core.shape import ModelShape
+from pintpot.core.technique import Claim, Source, technique
+from pintpot.core.work import Work
+from pintpot.core.workload import Generate, Workload
+from pintpot.kernels import pack, packed_size, unpack
+
+RISK = {8: 0.0, 7: 0.0001, 6: 0.0002, 5: 0.0006, 4: 0.0019, 3: 0.0086, 2: 0.058, 1: 1.0}
+"""Relative rise of perplexity by bits: at 8, 4, 3 and 2 bits as measured on the embedded model (whose input is larger
+than its keys and values), between them by the logarithm; 1 bit is a guess."""
+
+PAPER = Source(
+    "XQuant: Breaking the Memory Wall for LLM Inference with KV Cache Rematerialization", year=2025, arxiv="2508.10395"
+)
+
+
+@technique(
+    name="xquant",
+    wing="cache",
+    part="store",
+    source=PAPER,
+    accounts=[Account.KV_CACHE],
+    claims=[
+        Claim("memory of the cache", 2.0, versus="keys and values", at="same bits", where="abstract"),
+        Claim("memory of the cache", 7.7, versus="FP16", at="less than 0.1 of perplexity", where="abstract"),
+    ],
+    fidelity="singular vectors beside the model's own projections; latents of keys packed as in KIVI",
+    needs=("even_heads",),
+)
+@dataclass(frozen=True, kw_only=True)
+class XQuant(Calibrated, Store):
+    """Quantised inputs of attention.
+
+    Attributes:
+        bits: width of a code, 1 to 8.
+        group_size: numbers that share a scale, at most: channels of a token's input; tokens for latents of keys, for
+            which it must be a power of 2 up to 256.
+        calibration: the file of the singular vectors; needed where the input is larger than keys and values.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
+    shared_tokens: ClassVar[str] = "heads"
+    bits: int = 4
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise CompositionError(
+                f"{self.name} has 1 to 8 bits, not {self.bits}", hint=f"for instance {self.name}(bits=4)"
+            )
+        if self.group_size < 1 or BLOCK_TOKENS % self.group_size:
+            raise CompositionError(
+                f"{self.name}: group_size must be a power of 2 up to {BLOCK_TOKENS}, not {self.group_size}",
+                hint=f"for instance {self.name}(group_size=128)",
+            )
+
+    def latents(self) -> KIVI:
+        """How latents are stored."""
+        return KIVI(bits=self.bits, group_size=self.group_size, residual_length=self.group_size)
+
+    def check(self, tokens: Tokens, call: Call, place: Place) -> None:
+        """See ``Store.check``."""
+        check_projections(tokens, call, place)
+
+    def granule(self, place: Place) -> int:
+        """See ``Store.granule``."""
+        return self.latents().granule(latent_place(place)) if has_large_input(place.sizes) else 1
+
+    def open(self, place: Place) -> StoreState:
+        """See ``Store.open``."""
+        if has_large_input(place.sizes):
+            return XLatentState(open_latents(self.latents(), latent_place(place)), place)
+        return XQuantState(Packing.of(self.bits, self.group_size, place.sizes.hidden), place)
+
+    def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
+        """See ``Store.predict_bytes``."""
+        if not tokens:
+            return 0
+        if has_large_input(place.sizes):
+            return latent_bytes(self.latents(), tokens, latent_place(place), place, batch, dtype)
+        packing = Packing.of(self.bits, self.group_size, place.sizes.hidden)
+        return batch * room_for(tokens, place) * (packing.token_bytes + position_bytes(place, 1))
+
+    def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
+        """Codes and numbers of one block's inputs, and its keys or values before and after rotation."""
+        made = sizes.heads * max(sizes.key_dim, sizes.value_dim)
+        if has_large_input(sizes):
+            return max(BLOCK_TOKENS, 2 * self.group_size) * batch * made * (1 + 4 * 4)
+        return BLOCK_TOKENS * batch * (sizes.hidden * (1 + 2 * 4) + made * 3 * 4)
+
+    def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
+        """See ``CacheTechnique.work``: the projections of all stored tokens are done anew at each step."""
+        work = super().work(work, shape, workload)
+        if not isinstance(workload, Generate) or not has_full_attention(shape.config):
+            return work
+        tokens = workload.batch * (workload.prompt_tokens + workload.new_tokens // 2)
+        flops = 0
+        for place in places_of(layer_kinds(shape.config), None, None):
+            made = place.sizes.heads * (place.sizes.key_dim + place.sizes.value_dim)
+            flops += 2 * tokens * made * (made // 2 if has_large_input(place.sizes) else place.sizes.hidden)
+        return work.plus("decode", flops=float(flops), dtype=str(shape.dtype).removeprefix("torch."))
+
+    def risk(self, shape: ModelShape, workload: Workload) -> float:
+        """From the table."""
+        return RISK[self.bits]
+
+    @classmethod
+    def options(cls, shape: ModelShape, workload: Workload) -> Iterable[XQuant]:
+        """8 to 2 bits; none for a model without full attention."""
+        if has_full_attention(shape.config):
+            for bits in (8, 4, 3, 2):
+                yield cls(bits=bits)
+
+    def needs_calibration(self, config: PretrainedConfig) -> bool:
+        """See ``Calibrated.needs_calibration``: for singular vectors only."""
+        return any(layer.kind == FULL and has_large_input(layer.sizes) for layer in layer_kinds(config))
+
+    @torch.no_grad()
+    def fit(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """See ``Calibrated.fit``: singular vectors of the projections; of the text only two tokens are read."""
+        layers = len(places_of(layer_kinds(model.config), None, None))
+        return [self.factors(sample_layer(model, texts[0][:1, :2], index)) for index in range(layers)]
+
+    def factors(self, sample: LayerSample) -> dict[str, Tensor]:
+        """``W = U (S Vᵀ)`` of both projections of a layer, with their biases."""
+        found: dict[str, Tensor] = {}
+        made = Projections(sample.module, sample.place.sizes)
+        for name, project in (("key", made.keys), ("value", made.values)):
+            weight, bias = made.weight(project, sample.inputs)
+            left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+            for part, factor in (("down", left), ("up", values[:, None] * right), ("bias", bias)):
+                found[f"{name}_{part}"] = factor.to(sample.inputs.dtype).contiguous()
+        return found
+
+    def calibration_bytes(self, place: Place, dtype: torch.dtype) -> int:
+        """See ``Calibrated.calibration_bytes``."""
+        sizes = place.sizes
+        if not (self.calibration or has_large_input(sizes)):
+            return 0
+        widths = [sizes.heads * dim for dim in (sizes.key_dim, sizes.value_dim)]
+        return dtype.itemsize * sum(min(sizes.hidden, w) * (sizes.hidden + w) + w for w in widths)
+
+
+def has_large_input(sizes: LayerSizes) -> bool:
+    """Whether the input of attention is larger than keys and values together."""
+    return sizes.hidden > sizes.heads * (sizes.key_dim + sizes.value_dim)
+
+
+def latent_place(place: Place) -> Place:
+    """A layer's place, for the store of its latents."""
+    sizes = place.sizes
+    return place.but(sizes=LayerSizes(1, sizes.heads * sizes.key_dim, sizes.heads * sizes.value_dim))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How vectors (B, 1, T, width) are packed token by token.
+
+    Attributes:
+        bits: width of a code.
+        width: numbers of a token.
+        group: of them, how many share a scale.
+    """
+
+    bits: int
+    width: int
+    group: int
+
+    @classmethod
+    def of(cls, bits: int, group_size: int, width: int) -> Packing:
+        """With the largest groups up to a size that divide the width."""
+        return cls(bits, width, next(size for size in range(min(group_size, width), 0, -1) if width % size == 0))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a packed token."""
+        return packed_size(self.width, self.bits) + 4 * (self.width // self.group)
+
+    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Columns:
+        """Columns of codes, scales and least numbers."""
+        codes, scale, low = quantize(numbers.unflatten(-1, (-1, self.group)), self.bits, scale_dtype(dtype))
+        return {"codes": pack(codes.flatten(-2), self.bits), "scale": scale, "low": low}
+
+    def unpack(self, columns: Columns) -> Tensor:
+        """The numbers, float32."""
+        codes = unpack(columns["codes"], self.bits, self.width).unflatten(-1, (-1, self.group))
+        return restore(codes, columns["scale"], columns["low"])
+
+
+class XQuantState(StoreState):
+    """Packed inputs of a layer."""
+
+    def __init__(self, packing: Packing, place: Place) -> None:
+        self.packing, self.place = packing, place
+        self.rows = Rows(place)
+        self.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        """See ``StoreState.tokens``."""
+        return self.rows.tokens
+
+    def append(self, tokens: Tokens) -> None:
+        """See ``StoreState.append``."""
+        if tokens.inputs is None:
+            raise ValueError("these tokens come without the attention's inputs")
+        self.dtype = tokens.inputs.dtype
+        for start in range(0, tokens.count, BLOCK_TOKENS):
+            piece = tokens.part(start, start + BLOCK_TOKENS)
+            if piece.inputs is not None:
+                columns = self.packing.pack(self.residue(piece.inputs.float()), self.dtype)
+                self.rows.append({**columns, **position_column(piece, self.place, 1)})
+
+    def residue(self, inputs: Tensor) -> Tensor:
+        """What is packed of the next tokens' inputs (B, 1, T, hidden), float32."""
+        return inputs
+
+    def estimate(self, start: int, stop: int) -> Tensor:
+        """The inputs of tokens ``start`` to ``stop``, float32 (B, 1, T, hidden)."""
+        return self.packing.unpack(self.rows.read(start, stop))
+
+    def chunks(self, call: Call) -> Iterator[Chunk]:
+        """See ``StoreState.chunks``."""
+        made = Projections(call.module, self.place.sizes)
+        for start, columns in self.rows.views():
+            stop = start + columns["codes"].shape[2]
+            keys, values = partial(self._keys, made, start, stop), partial(self._values, made, start, stop)
+            yield LazyChunk(stop - start, keys, values)
+
+    def _keys(self, made: Projections, start: int, stop: int) -> Tensor:
+        keys = made.keys(self.estimate(start, stop).squeeze(1).to(self.dtype))
+        positions = positions_of(self.rows.read(start, stop), start, stop - start, keys.device)
+        return made.finished_keys(keys, self.place, positions)
+
+    def _values(self, made: Projections, start: int, stop: int) -> Tensor:
+        return made.finished_values(made.values(self.estimate(start, stop).squeeze(1).to(self.dtype)))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See ``StoreState.tensors``."""
+        yield from self.rows.tensors()
+
+    def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See ``StoreState.over_batch_``."""
+        self.rows.over_batch_(change)
+
+
+class XLatentState(LatentState):
+    """Inputs in the coordinates of the projections' left singular vectors."""
+
+    def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """See ``LatentState.encode``."""
+        if tokens.inputs is None:
+            raise ValueError("these tokens come without the attention's inputs")
+        down = (self.place.tensors["key_down"], self.place.tensors["value_down"])
+        keys, values = (tokens.inputs @ factor.to(tokens.inputs.dtype) for factor in down)
+        return keys, values
+
+    def decode_keys(self, latents: Tensor, positions: Tensor, call: Call) -> Tensor:
+        """See ``LatentState.decode_keys``."""
+        made = Projections(call.module, self.place.sizes)
+        return made.finished_keys(self._up("key", latents), self.place, positions)
+
+    def decode_values(self, latents: Tensor, call: Call) -> Tensor:
+        """See ``LatentState.decode_values``."""
+        return Projections(call.module, self.place.sizes).finished_values(self._up("value", latents))
+
+    def _up(self, name: str, latents: Tensor) -> Tensor:
+        found = self.place.tensors
+        return latents.squeeze(1) @ found[f"{name}_up"].float() + found[f"{name}_bias"].float()
