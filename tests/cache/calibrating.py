@@ -25,11 +25,11 @@ def calibrated(technique, model):
     return fitted(technique, model)
 
 
-def fitted(technique, model):
-    """The technique with a calibration for the model."""
+def fitted(technique, model, given=None):
+    """The technique with a calibration for the model, on random tokens or on the texts that are given."""
     key = (str(technique), type(model).__name__, repr(model.config))
     if key not in _FILES:
         path = Path(_FOLDER.name) / f"{len(_FILES)}.safetensors"
-        calibrate(model, technique, texts()).write(path)
+        calibrate(model, technique, given or texts()).write(path)
         _FILES[key] = str(path)
     return replace(technique, calibration=_FILES[key])

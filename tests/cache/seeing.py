@@ -1,6 +1,5 @@
 """What a keep sees of a prompt that is read at once, and layers filled piece by piece, with numbers made by hand."""
 
-
 from pintpot.cache._base import LayerSizes, Place, Seen
 from pintpot.cache.dense import Dense, dense_chunks
 from pintpot.cache.layer import CacheLayer

@@ -1,5 +1,7 @@
 """Locret trains heads to foresee how much later text will want each token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -107,6 +109,19 @@ def test_shapes_alone_are_enough():
             model(torch.zeros(2, 150, dtype=torch.int64), past_key_values=cache)
             model(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache)
         assert cache.nbytes() == cache_bytes(config, 151, batch=2, keep=keep)
+
+
+def test_one_calibration_serves_every_size():
+    model = tiny_model("llama")
+    keep = fitted(Locret(**SMALL), model)
+    budget = cache_bytes(model.config, 300, keep=replace(keep, kept_fraction=0.3), reserve_tokens=300)
+    cache = build_cache(model.config, keep=replace(keep, kept_fraction=1.0), budget_bytes=budget, tokens=300)
+    assert 0.25 < cache.keep.kept_fraction <= 0.3
+    with use_cache_attention(model), torch.no_grad():
+        model(torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
+    assert cache.nbytes() <= budget
+    with pytest.raises(CompositionError, match="was made for locret"):
+        build_cache(model.config, keep=replace(keep, hidden_units=8))
 
 
 def test_without_calibration_it_says_how_to_get_one():

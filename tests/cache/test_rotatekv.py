@@ -126,9 +126,9 @@ def test_bytes_are_as_predicted(bits, dtype, consecutive):
 
 def test_heads_of_odd_sizes_are_rotated_in_smaller_blocks():
     layout = RotateKV().layout(LayerSizes(heads=6, key_dim=80, value_dim=96))
-    assert (layout.key_group, layout.value_group, layout.key_block, layout.value_block) == (120, 96, 16, 32)
+    assert (layout.keys.group, layout.values.group, layout.key_block, layout.value_block) == (120, 96, 16, 32)
     layout = RotateKV().layout(LayerSizes(heads=8, key_dim=128, value_dim=128))
-    assert (layout.key_group, layout.value_group, layout.key_block, layout.value_block) == (128, 128, 512, 128)
+    assert (layout.keys.group, layout.values.group, layout.key_block, layout.value_block) == (128, 128, 512, 128)
 
 
 def test_a_calibration_orders_the_channels_of_the_whole_layer():

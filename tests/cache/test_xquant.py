@@ -16,7 +16,8 @@ from transformers import (
 
 from pintpot.cache import SnapKV, build_cache, cache_bytes, use_cache_attention
 from pintpot.cache._base import Call, LayerSizes, Place
-from pintpot.cache.xquant import Packing, XQuant, has_large_input
+from pintpot.cache.token_grid import TokenGrid
+from pintpot.cache.xquant import XQuant, has_large_input
 from pintpot.core.errors import CompositionError, UnsupportedModel
 from pintpot.core.shape import ModelShape
 from pintpot.core.work import PhaseWork, Work
@@ -203,10 +204,10 @@ def test_the_work_of_making_keys_again_is_counted():
 
 
 def test_groups_divide_the_input():
-    assert Packing.of(4, 128, 4096).group == 128
-    assert Packing.of(4, 128, 80).group == 80
-    assert Packing.of(2, 128, 576) == Packing(2, 576, 96)
-    assert math.isclose(Packing.of(2, 128, 4096).token_bytes * 8 / 4096, 2.25)
+    assert TokenGrid.of(4, 128, 4096).group == 128
+    assert TokenGrid.of(4, 128, 80).group == 80
+    assert TokenGrid.of(2, 128, 576) == TokenGrid(2, 576, 96)
+    assert math.isclose(TokenGrid.of(2, 128, 4096).token_bytes * 8 / 4096, 2.25)
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 9}, {"bits": 0}, {"group_size": 48}])

@@ -68,7 +68,7 @@ def test_differences_are_to_what_is_held_below_so_that_errors_do_not_add_up():
     states = stack(XQuantCL(bits=3, first_layers=1, first_bits=2), inputs)
     for below, state, own in zip(states, states[1:], inputs[1:], strict=False):
         wanted = own - below.estimate(0, 300)[:, 0]
-        rounded = state.packing.unpack(state.rows.read(0, 300))[:, 0]
+        rounded = state.grid.unpack(state.rows.read(0, 300))[:, 0]
         step = (wanted.amax(-1, keepdim=True) - wanted.amin(-1, keepdim=True)) / 7
         assert ((rounded - wanted).abs() <= 0.51 * step + 1e-3).all()
         torch.testing.assert_close(state.estimate(0, 300)[:, 0], below.estimate(0, 300)[:, 0] + rounded)
@@ -92,7 +92,7 @@ def test_only_what_projections_see_of_a_large_input_is_stored():
         seen = state.estimate(0, 300)[:, 0] @ basis["down"]
         assert (seen - own @ basis["down"]).abs().max() < 0.05
         assert state.nbytes() == method.predict_bytes(300, state.place, B, torch.float32)
-    assert states[0].packing.width == 8
+    assert states[0].grid.width == 8
 
 
 @pytest.mark.parametrize("heads", [4, 1])

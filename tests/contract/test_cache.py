@@ -10,6 +10,7 @@ from pintpot.cache import KIVI, build_cache, cache_bytes, use_cache_attention
 from pintpot.cache._base import Keep, LayerSharing, Store
 from pintpot.cache.cascade import LayerKeep
 from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
+from pintpot.cache.residue import Residue
 from pintpot.core.expression import expression, parse
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.registry import techniques
@@ -24,6 +25,7 @@ PROMPT, NEW = 300, 6
 KEEPS = [kind for kind in techniques("cache").values() if issubclass(kind, Keep)]
 STORES = [kind for kind in techniques("cache").values() if issubclass(kind, Store)]
 SHARINGS = [kind for kind in techniques("cache").values() if issubclass(kind, LayerSharing)]
+RESIDUES = [kind for kind in techniques("cache").values() if issubclass(kind, Residue)]
 # Sizes that save something at a prompt of 300 tokens, and that are calibrated in no time.
 SMALL = {
     "alisa": {"budget_tokens": 64, "group_tokens": 16},
@@ -41,6 +43,7 @@ SMALL = {
     "kvsharer": {"shared_layers": 1, "threshold": -1.0},
     "lagkv": {"lag_tokens": 32},
     "leoam": {"budget_tokens": 48, "chunk_tokens": 16, "least_tokens": 8, "recent_tokens": 8},
+    "less": {"rank": 2, "hidden_units": 4, "epochs": 1, "policy": "lagkv(lag_tokens=16)"},
     "locret": {"stabilizer_tokens": 32, "hidden_units": 8, "training_steps": 2},
     "minicache": {"start_fraction": 0.0, "group_tokens": 16},
     "streaming-llm": {"window_tokens": 64},
@@ -64,11 +67,19 @@ SHARED = [
     if not any(conflict(small(kind), technique) for technique in single.values())
 ]
 GROWING = [name for name in ATTENTION if has_full_attention(tiny_config(name))]
+RESIDUAL = [{"keep": small(k), "residue": small(r)} for k, r in itertools.product(KEEPS, RESIDUES)]
+RESIDUAL += [
+    {"residue": small(kind), **composition}
+    for kind, composition in itertools.product(RESIDUES, [*PAIRS[::23], *SHARED[::11]])
+    if "keep" in composition
+]
 # Every technique on every architecture, every pair on one of them in turn.
 CASES = [
     *itertools.product(GROWING, SINGLES),
     *((GROWING[i % len(GROWING)], pair) for i, pair in enumerate(PAIRS)),
     *(("llama", shared) for shared in SHARED),
+    *(("llama", residual) for residual in RESIDUAL),
+    *((name, residual) for name, residual in zip(GROWING, RESIDUAL[-len(GROWING) :], strict=False)),
 ]
 
 
@@ -103,6 +114,7 @@ def test_every_technique_has_a_part():
     assert {k.facts.part for k in KEEPS} == {"keep"}
     assert {s.facts.part for s in STORES} == {"store"}
     assert {s.facts.part for s in SHARINGS} == {"layers"}
+    assert {r.facts.part for r in RESIDUES} == {"residue"}
 
 
 @pytest.mark.parametrize(("keep", "store"), itertools.product(KEEPS, STORES))
@@ -148,7 +160,7 @@ def test_bytes_are_as_predicted_and_less_than_dense(name, composition):
     assert measured < dense.nbytes()
 
 
-@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS[::7], *SHARED[::7]], ids=label)
+@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS[::7], *SHARED[::7], *RESIDUAL[::7]], ids=label)
 def test_the_same_twice(composition):
     model = tiny_model("llama")
     first, second = (generate(model, build_cache(model.config, **ready(composition, model))) for _ in range(2))
@@ -156,7 +168,7 @@ def test_the_same_twice(composition):
     assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
 
 
-@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS, *SHARED], ids=label)
+@pytest.mark.parametrize("composition", [*SINGLES, *PAIRS, *SHARED, *RESIDUAL], ids=label)
 def test_prediction_lowers_the_account_and_does_not_depend_on_order(composition):
     shape = ModelShape.from_config(tiny_config("llama"))
     workload = Generate(batch=2, prompt_tokens=PROMPT, new_tokens=NEW)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,8 +75,10 @@ class Calibrated(CacheTechnique):
 
     Attributes:
         calibration: the file of what was found; empty before.
+        free_after_fit: hyperparameters that what is found does not depend on, and which may change at use.
     """
 
+    free_after_fit: ClassVar[tuple[str, ...]] = ()
     same_at_every_depth: ClassVar[bool] = False
     calibration: str = ""
 
@@ -85,9 +87,17 @@ class Calibrated(CacheTechnique):
         return True
 
     @property
+    def fitted_as(self) -> str:
+        """The expression of what a calibration depends on."""
+        free: dict[str, Any] = {
+            f.name: f.default for f in fields(self) if f.name in ("calibration", *self.free_after_fit)
+        }
+        return str(replace(self, **free))
+
+    @property
     def command(self) -> str:
         """What to run for a calibration."""
-        return f"pintpot calibrate MODEL '{replace(self, calibration='')}' OUT"
+        return f"pintpot calibrate MODEL '{self.fitted_as}' OUT"
 
     def require_calibration(self, config: PretrainedConfig) -> None:
         """Refuse to be used without a calibration.
@@ -157,9 +167,8 @@ def calibrate(model: PreTrainedModel, technique: CacheTechnique, texts: Sequence
         raise CompositionError(f"{technique.name} needs no calibration", hint="use it as it is")
     if not texts or min(text.shape[-1] for text in texts) < 2:
         raise DataError("there is no text to calibrate on", hint="give at least a few hundred tokens")
-    bare = str(replace(technique, calibration=""))
     found = tuple(technique.fit(model, texts))
-    return Calibration(bare, ModelShape.from_config(model.config).fingerprint, found)
+    return Calibration(technique.fitted_as, ModelShape.from_config(model.config).fingerprint, found)
 
 
 def read_calibration(path: str | Path) -> Calibration:
@@ -206,7 +215,7 @@ def found_for(technique: Calibrated, config: PretrainedConfig) -> Calibration:
     found = _read_once(str(Path(technique.calibration).expanduser().resolve()))
     if found.model != ModelShape.from_config(config).fingerprint:
         raise CompositionError(f"{technique.calibration} was made for another model", hint=f"run {command}")
-    if found.technique != str(replace(technique, calibration="")):
+    if found.technique != technique.fitted_as:
         raise CompositionError(
             f"{technique.calibration} was made for {found.technique}",
             hint=f"use these hyperparameters, or run {command}",

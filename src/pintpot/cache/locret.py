@@ -81,6 +81,7 @@ class Locret(Calibrated, ChunkedKeep):
     # (last 250 of 1,000 held-out tokens); put at what longer training may come to.
     risk_at_half: ClassVar[float] = 0.04
     traces: ClassVar[int] = 1
+    free_after_fit: ClassVar[tuple[str, ...]] = ("kept_fraction", "chunk_tokens", "stabilizer_tokens", "sink_tokens")
     needs_rotary: ClassVar[bool] = True
     kept_fraction: float = 0.125
     stabilizer_tokens: int = 2500

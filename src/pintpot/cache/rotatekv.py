@@ -27,9 +27,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
 from pintpot.cache.calibration import Calibrated, sample_layer
+from pintpot.cache.exact import ExactTokens, exact_bytes
 from pintpot.cache.forecast import places_of
 from pintpot.cache.geometry import has_full_attention, layer_kinds
-from pintpot.cache.packed import quantize, restore, scale_dtype
 from pintpot.cache.rows import (
     BLOCK_TOKENS,
     Columns,
@@ -41,20 +41,20 @@ from pintpot.cache.rows import (
     positions_of,
     room_for,
 )
-from pintpot.cache.tokens import Buffer, Tokens
+from pintpot.cache.token_grid import TokenGrid, largest_divisor
+from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.kernels import pack, packed_size, unpack
 from pintpot.kernels.hadamard import hadamard, power_of_two
 
 RISK = {8: 0.0, 7: 0.0001, 6: 0.0003, 5: 0.001, 4: 0.003, 3: 0.015, 2: 0.085, 1: 1.0}
 """Relative rise of perplexity by bits: at 8, 4, 3 and 2 bits as measured on the embedded model, between them by the
 logarithm; 1 bit is a guess."""
 
-CLIP = {2: 0.8}
+SPAN = {2: 0.8}
 """Share of a group's range that codes span, where not all of it: the authors' setting for 2 bits."""
 
 
@@ -108,12 +108,11 @@ class RotateKV(Calibrated, Store):
 
     def layout(self, sizes: LayerSizes) -> Layout:
         """How a layer is rotated and packed."""
-        heads = _divisor(sizes.heads, self.head_group)
+        keys, span = sizes.heads * sizes.key_dim, SPAN.get(self.bits, 1.0)
         return Layout(
-            self.bits,
-            _divisor(sizes.heads * sizes.key_dim, self.group_size),
-            _divisor(sizes.value_dim, self.group_size),
-            power_of_two(heads * sizes.key_dim),
+            TokenGrid.of(self.bits, self.group_size, keys, span),
+            TokenGrid.of(self.bits, self.group_size, sizes.value_dim, span),
+            power_of_two(largest_divisor(sizes.heads, self.head_group) * sizes.key_dim),
             power_of_two(sizes.value_dim),
         )
 
@@ -126,10 +125,10 @@ class RotateKV(Calibrated, Store):
         if not tokens:
             return 0
         sizes = place.sizes
-        row = self.layout(sizes).token_bytes(sizes) + position_bytes(place, 1)
-        sinks = self.sink_tokens * (sizes.heads * (sizes.key_dim + sizes.value_dim) * dtype.itemsize + 4)
+        layout = self.layout(sizes)
+        row = layout.keys.token_bytes + sizes.heads * layout.values.token_bytes + position_bytes(place, 1)
         order = 0 if self.calibration else 4 * sizes.heads * sizes.key_dim
-        return batch * (room_for(tokens, place) * row + sinks + order)
+        return batch * (room_for(tokens, place) * row + exact_bytes(self.sink_tokens, sizes, dtype) + order)
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Codes, and numbers of one block before and after a step of the transform."""
@@ -179,35 +178,16 @@ class Layout:
     """How the tokens of a layer are rotated and packed.
 
     Attributes:
-        bits: width of a code.
-        key_group: channels of a token's keys (all heads') that share a scale.
-        value_group: channels of a head's values that do.
+        keys: the grid of a token's keys, all heads' together.
+        values: the grid of a head's values.
         key_block: channels that are mixed by the rotation.
         value_block: likewise.
     """
 
-    bits: int
-    key_group: int
-    value_group: int
+    keys: TokenGrid
+    values: TokenGrid
     key_block: int
     value_block: int
-
-    def token_bytes(self, sizes: LayerSizes) -> int:
-        """Bytes of one packed token."""
-        keys = sizes.heads * sizes.key_dim
-        values = packed_size(sizes.value_dim, self.bits) + 4 * (sizes.value_dim // self.value_group)
-        return packed_size(keys, self.bits) + 4 * (keys // self.key_group) + sizes.heads * values
-
-    def packed(self, name: str, numbers: Tensor, group: int, dtype: torch.dtype) -> Columns:
-        """Numbers (B, K, T, N) packed token by token: codes, scale and low."""
-        groups = numbers.unflatten(-1, (-1, group))
-        codes, scale, low = quantize(_narrowed(groups, CLIP.get(self.bits, 1.0)), self.bits, dtype)
-        return {name: pack(codes.flatten(-2), self.bits), f"{name}_scale": scale, f"{name}_low": low}
-
-    def restored(self, name: str, columns: Columns, count: int, group: int) -> Tensor:
-        """The numbers, float32 (B, K, T, count)."""
-        codes = unpack(columns[name], self.bits, count).unflatten(-1, (-1, group))
-        return restore(codes, columns[f"{name}_scale"], columns[f"{name}_low"])
 
 
 class RotateKVState(StoreState):
@@ -215,10 +195,9 @@ class RotateKVState(StoreState):
 
     def __init__(self, method: RotateKV, place: Place) -> None:
         self.place, self.layout = place, method.layout(place.sizes)
-        self.sink_tokens = method.sink_tokens
         self.rows = Rows(place)
         self.order: Tensor | None = None
-        self.sinks = {"keys": Buffer(), "values": Buffer(), "index": Buffer()}
+        self.sinks = ExactTokens(method.sink_tokens)
 
     @property
     def tokens(self) -> int:
@@ -227,7 +206,9 @@ class RotateKVState(StoreState):
 
     def append(self, tokens: Tokens) -> None:
         """See ``StoreState.append``."""
-        self._keep_sinks(tokens)
+        if tokens.inputs is None:
+            raise ValueError("these tokens come without the attention's inputs")
+        self.sinks.add(tokens, peaks(tokens.inputs), self.tokens)
         for start in range(0, tokens.count, BLOCK_TOKENS):
             self._pack(tokens.part(start, start + BLOCK_TOKENS))
 
@@ -238,11 +219,10 @@ class RotateKVState(StoreState):
             self.order = rotated.sum(dim=2, keepdim=True).argsort(dim=-1).to(torch.int32)
         ordered = rotated.gather(-1, self._order().expand_as(rotated))
         values = hadamard(tokens.values.float(), self.layout.value_block)
-        scales = scale_dtype(tokens.keys.dtype)
         self.rows.append(
             {
-                **self.layout.packed("keys", ordered, self.layout.key_group, scales),
-                **self.layout.packed("values", values, self.layout.value_group, scales),
+                **self.layout.keys.pack(ordered, tokens.keys.dtype, "key_"),
+                **self.layout.values.pack(values, tokens.keys.dtype, "value_"),
                 **position_column(tokens, self.place, 1),
             }
         )
@@ -253,68 +233,38 @@ class RotateKVState(StoreState):
             return self.place.tensors["order"].long()[None, None, None]
         return self.order.long()
 
-    def _keep_sinks(self, tokens: Tokens) -> None:
-        """Keep those of the new tokens with the most massive activations, while there is room for sinks."""
-        if self.sinks["index"].held is None:
-            self.sinks["keys"].allocate(tokens.keys, self.sink_tokens)
-            self.sinks["values"].allocate(tokens.values, self.sink_tokens)
-            numbers = tokens.keys.new_empty((tokens.keys.shape[0], 1, 0, 1), dtype=torch.int32)
-            self.sinks["index"].allocate(numbers, self.sink_tokens)
-        count = min(self.sinks["index"].room, tokens.count)
-        if not count or tokens.inputs is None:
-            return
-        chosen = peaks(tokens.inputs).topk(count, dim=-1).indices.sort(dim=-1).values
-        found = tokens.gather(chosen)
-        self.sinks["keys"].write(found.keys)
-        self.sinks["values"].write(found.values)
-        self.sinks["index"].write((chosen + self.tokens).to(torch.int32)[..., None])
-
     def chunks(self, call: Call) -> Iterator[Chunk]:
         """See ``StoreState.chunks``."""
         for start, columns in self.rows.views():
-            count = columns["keys"].shape[2]
+            count = columns["key_codes"].shape[2]
             make = (partial(self._keys, columns, start, count), partial(self._values, columns, start))
             yield LazyChunk(count, *make)
 
     def _keys(self, columns: Columns, start: int, count: int) -> Tensor:
-        sizes, layout, rotary = self.place.sizes, self.layout, self.place.rotary
-        ordered = layout.restored("keys", columns, sizes.heads * sizes.key_dim, layout.key_group)
+        layout, rotary = self.layout, self.place.rotary
+        ordered = layout.keys.unpack(columns, "key_")
         rotated = ordered.gather(-1, self._order().argsort(dim=-1).expand_as(ordered))
-        keys = hadamard(rotated, layout.key_block).squeeze(1).unflatten(-1, (sizes.heads, -1)).transpose(1, 2)
+        joint = hadamard(rotated, layout.key_block).squeeze(1)
+        keys = joint.unflatten(-1, (self.place.sizes.heads, -1)).transpose(1, 2)
         if rotary is not None:
             keys = rotary.rotate(keys, positions_of(columns, start, count, keys.device))
-        return self._with_sinks("keys", keys, start)
+        return self.sinks.put_in("keys", keys, start)
 
     def _values(self, columns: Columns, start: int) -> Tensor:
-        layout = self.layout
-        rotated = layout.restored("values", columns, self.place.sizes.value_dim, layout.value_group)
-        return self._with_sinks("values", hadamard(rotated, layout.value_block), start)
-
-    def _with_sinks(self, name: str, numbers: Tensor, start: int) -> Tensor:
-        """Numbers (B, K, T, D) of which the first is number ``start``, sinks in their places."""
-        if not self.sinks["index"].tokens:
-            return numbers
-        count = numbers.shape[2]
-        index = self.sinks["index"].view().long() - start
-        # Sinks of other blocks go to a place behind the last, which is left out again.
-        index = torch.where((index >= 0) & (index < count), index, torch.full_like(index, count))
-        exact = self.sinks[name].view().float()
-        room = torch.cat([numbers, numbers[:, :, :1]], dim=2)
-        return room.scatter_(2, index.expand_as(exact), exact)[:, :, :count]
+        rotated = self.layout.values.unpack(columns, "value_")
+        return self.sinks.put_in("values", hadamard(rotated, self.layout.value_block), start)
 
     def tensors(self) -> Iterator[Tensor]:
         """See ``StoreState.tensors``."""
         yield from self.rows.tensors()
-        for buffer in self.sinks.values():
-            yield from buffer.tensors()
+        yield from self.sinks.tensors()
         if self.order is not None:
             yield self.order
 
     def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
         """See ``StoreState.over_batch_``."""
         self.rows.over_batch_(change)
-        for buffer in self.sinks.values():
-            buffer.over_batch_(change)
+        self.sinks.over_batch_(change)
         self.order = None if self.order is None else change(self.order)
 
 
@@ -322,17 +272,3 @@ def peaks(inputs: Tensor) -> Tensor:
     """How far each token's greatest number stands above its mean one: (B, 1, T) from (B, 1, T, hidden)."""
     sizes = inputs.float().abs()
     return sizes.amax(dim=-1) / sizes.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _narrowed(groups: Tensor, share: float) -> Tensor:
-    """Groups (..., G), cut to a share of their range about its middle."""
-    if share == 1:
-        return groups
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    cut = (high - low) * ((1 - share) / 2)
-    return groups.clamp(low + cut, high - cut)
-
-
-def _divisor(size: int, most: int) -> int:
-    """The greatest divisor of a size that is at most ``most``."""
-    return next(number for number in range(min(size, most), 0, -1) if size % number == 0)

@@ -15,33 +15,24 @@ Not when:  decoding is bound by arithmetic: each step multiplies all stored toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache._base import Call, LayerSizes, Place, Store, StoreState
 from pintpot.cache.calibration import Calibrated, LayerSample, sample_layer
 from pintpot.cache.forecast import places_of
 from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
+from pintpot.cache.inputs import InputLatentState, InputState
 from pintpot.cache.kivi import KIVI
-from pintpot.cache.latent import LatentState, latent_bytes, open_latents
-from pintpot.cache.packed import quantize, restore, scale_dtype
+from pintpot.cache.latent import latent_bytes, open_latents
 from pintpot.cache.rematerialize import Projections, check_projections
-from pintpot.cache.rows import (
-    BLOCK_TOKENS,
-    Columns,
-    LazyChunk,
-    Rows,
-    position_bytes,
-    position_column,
-    positions_of,
-    room_for,
-)
+from pintpot.cache.rows import BLOCK_TOKENS, position_bytes, room_for
+from pintpot.cache.token_grid import TokenGrid
 from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
@@ -49,7 +40,6 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Generate, Workload
-from pintpot.kernels import pack, packed_size, unpack
 
 RISK = {8: 0.0, 7: 0.0001, 6: 0.0002, 5: 0.0006, 4: 0.0019, 3: 0.0086, 2: 0.058, 1: 1.0}
 """Relative rise of perplexity by bits: at 8, 4, 3 and 2 bits as measured on the embedded model (whose input is larger
@@ -116,8 +106,8 @@ class XQuant(Calibrated, Store):
     def open(self, place: Place) -> StoreState:
         """See ``Store.open``."""
         if has_large_input(place.sizes):
-            return XLatentState(open_latents(self.latents(), latent_place(place)), place)
-        return XQuantState(Packing.of(self.bits, self.group_size, place.sizes.hidden), place)
+            return InputLatentState(open_latents(self.latents(), latent_place(place)), place)
+        return InputState(TokenGrid.of(self.bits, self.group_size, place.sizes.hidden), place)
 
     def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.predict_bytes``."""
@@ -125,8 +115,8 @@ class XQuant(Calibrated, Store):
             return 0
         if has_large_input(place.sizes):
             return latent_bytes(self.latents(), tokens, latent_place(place), place, batch, dtype)
-        packing = Packing.of(self.bits, self.group_size, place.sizes.hidden)
-        return batch * room_for(tokens, place) * (packing.token_bytes + position_bytes(place, 1))
+        grid = TokenGrid.of(self.bits, self.group_size, place.sizes.hidden)
+        return batch * room_for(tokens, place) * (grid.token_bytes + position_bytes(place, 1))
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
         """Codes and numbers of one block's inputs, and its keys or values before and after rotation."""
@@ -197,120 +187,3 @@ def latent_place(place: Place) -> Place:
     """A layer's place, for the store of its latents."""
     sizes = place.sizes
     return place.but(sizes=LayerSizes(1, sizes.heads * sizes.key_dim, sizes.heads * sizes.value_dim))
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How vectors (B, 1, T, width) are packed token by token.
-
-    Attributes:
-        bits: width of a code.
-        width: numbers of a token.
-        group: of them, how many share a scale.
-    """
-
-    bits: int
-    width: int
-    group: int
-
-    @classmethod
-    def of(cls, bits: int, group_size: int, width: int) -> Packing:
-        """With the largest groups up to a size that divide the width."""
-        return cls(bits, width, next(size for size in range(min(group_size, width), 0, -1) if width % size == 0))
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a packed token."""
-        return packed_size(self.width, self.bits) + 4 * (self.width // self.group)
-
-    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Columns:
-        """Columns of codes, scales and least numbers."""
-        codes, scale, low = quantize(numbers.unflatten(-1, (-1, self.group)), self.bits, scale_dtype(dtype))
-        return {"codes": pack(codes.flatten(-2), self.bits), "scale": scale, "low": low}
-
-    def unpack(self, columns: Columns) -> Tensor:
-        """The numbers, float32."""
-        codes = unpack(columns["codes"], self.bits, self.width).unflatten(-1, (-1, self.group))
-        return restore(codes, columns["scale"], columns["low"])
-
-
-class XQuantState(StoreState):
-    """Packed inputs of a layer."""
-
-    def __init__(self, packing: Packing, place: Place) -> None:
-        self.packing, self.place = packing, place
-        self.rows = Rows(place)
-        self.dtype = torch.float32
-
-    @property
-    def tokens(self) -> int:
-        """See ``StoreState.tokens``."""
-        return self.rows.tokens
-
-    def append(self, tokens: Tokens) -> None:
-        """See ``StoreState.append``."""
-        if tokens.inputs is None:
-            raise ValueError("these tokens come without the attention's inputs")
-        self.dtype = tokens.inputs.dtype
-        for start in range(0, tokens.count, BLOCK_TOKENS):
-            piece = tokens.part(start, start + BLOCK_TOKENS)
-            if piece.inputs is not None:
-                columns = self.packing.pack(self.residue(piece.inputs.float()), self.dtype)
-                self.rows.append({**columns, **position_column(piece, self.place, 1)})
-
-    def residue(self, inputs: Tensor) -> Tensor:
-        """What is packed of the next tokens' inputs (B, 1, T, hidden), float32."""
-        return inputs
-
-    def estimate(self, start: int, stop: int) -> Tensor:
-        """The inputs of tokens ``start`` to ``stop``, float32 (B, 1, T, hidden)."""
-        return self.packing.unpack(self.rows.read(start, stop))
-
-    def chunks(self, call: Call) -> Iterator[Chunk]:
-        """See ``StoreState.chunks``."""
-        made = Projections(call.module, self.place.sizes)
-        for start, columns in self.rows.views():
-            stop = start + columns["codes"].shape[2]
-            keys, values = partial(self._keys, made, start, stop), partial(self._values, made, start, stop)
-            yield LazyChunk(stop - start, keys, values)
-
-    def _keys(self, made: Projections, start: int, stop: int) -> Tensor:
-        keys = made.keys(self.estimate(start, stop).squeeze(1).to(self.dtype))
-        positions = positions_of(self.rows.read(start, stop), start, stop - start, keys.device)
-        return made.finished_keys(keys, self.place, positions)
-
-    def _values(self, made: Projections, start: int, stop: int) -> Tensor:
-        return made.finished_values(made.values(self.estimate(start, stop).squeeze(1).to(self.dtype)))
-
-    def tensors(self) -> Iterator[Tensor]:
-        """See ``StoreState.tensors``."""
-        yield from self.rows.tensors()
-
-    def over_batch_(self, change: Callable[[Tensor], Tensor]) -> None:
-        """See ``StoreState.over_batch_``."""
-        self.rows.over_batch_(change)
-
-
-class XLatentState(LatentState):
-    """Inputs in the coordinates of the projections' left singular vectors."""
-
-    def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """See ``LatentState.encode``."""
-        if tokens.inputs is None:
-            raise ValueError("these tokens come without the attention's inputs")
-        down = (self.place.tensors["key_down"], self.place.tensors["value_down"])
-        keys, values = (tokens.inputs @ factor.to(tokens.inputs.dtype) for factor in down)
-        return keys, values
-
-    def decode_keys(self, latents: Tensor, positions: Tensor, call: Call) -> Tensor:
-        """See ``LatentState.decode_keys``."""
-        made = Projections(call.module, self.place.sizes)
-        return made.finished_keys(self._up("key", latents), self.place, positions)
-
-    def decode_values(self, latents: Tensor, call: Call) -> Tensor:
-        """See ``LatentState.decode_values``."""
-        return Projections(call.module, self.place.sizes).finished_values(self._up("value", latents))
-
-    def _up(self, name: str, latents: Tensor) -> Tensor:
-        found = self.place.tensors
-        return latents.squeeze(1) @ found[f"{name}_up"].float() + found[f"{name}_bias"].float()

@@ -25,9 +25,11 @@ from torch import Tensor
 from pintpot.cache._base import LayerSizes, Place
 from pintpot.cache.calibration import LayerSample
 from pintpot.cache.geometry import has_full_attention
+from pintpot.cache.inputs import InputState
 from pintpot.cache.rematerialize import Projections
 from pintpot.cache.rows import BLOCK_TOKENS, position_bytes, room_for
-from pintpot.cache.xquant import PAPER, RISK, Packing, XQuant, XQuantState, has_large_input
+from pintpot.cache.token_grid import TokenGrid
+from pintpot.cache.xquant import PAPER, RISK, XQuant, has_large_input
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
@@ -72,10 +74,10 @@ class XQuantCL(XQuant):
                 hint="for instance xquant-cl(first_layers=3, first_bits=4)",
             )
 
-    def packing(self, place: Place) -> Packing:
+    def grid(self, place: Place) -> TokenGrid:
         """How a layer is packed."""
         bits = self.first_bits if place.index < self.first_layers else self.bits
-        return Packing.of(bits, self.group_size, latent_width(place.sizes))
+        return TokenGrid.of(bits, self.group_size, latent_width(place.sizes))
 
     def granule(self, place: Place) -> int:
         """See ``Store.granule``."""
@@ -83,11 +85,11 @@ class XQuantCL(XQuant):
 
     def open(self, place: Place) -> XQuantCLState:
         """See ``Store.open``."""
-        return XQuantCLState(self.packing(place), place, place.index >= self.first_layers)
+        return XQuantCLState(self.grid(place), place, place.index >= self.first_layers)
 
     def predict_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
         """See ``Store.predict_bytes``."""
-        row = self.packing(place).token_bytes + position_bytes(place, 1)
+        row = self.grid(place).token_bytes + position_bytes(place, 1)
         return batch * room_for(tokens, place) * row
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
@@ -134,28 +136,28 @@ def latent_width(sizes: LayerSizes) -> int:
     return sizes.heads * (sizes.key_dim + sizes.value_dim) if has_large_input(sizes) else sizes.hidden
 
 
-class XQuantCLState(XQuantState):
+class XQuantCLState(InputState):
     """Packed differences to the layer below.
 
     Args:
-        packing: how.
+        grid: how.
         place: which layer.
         differs: whether differences are packed, or inputs as they are.
     """
 
-    def __init__(self, packing: Packing, place: Place, differs: bool) -> None:
-        super().__init__(packing, place)
+    def __init__(self, grid: TokenGrid, place: Place, differs: bool) -> None:
+        super().__init__(grid, place)
         self.differs = differs
 
     def residue(self, inputs: Tensor) -> Tensor:
-        """See ``XQuantState.residue``."""
+        """See ``InputState.residue``."""
         start = self.tokens
         left = inputs - self._below(start, start + inputs.shape[2]) if self.differs else inputs
         down = self.place.tensors.get("down")
         return left if down is None else left @ down.float()
 
     def estimate(self, start: int, stop: int) -> Tensor:
-        """See ``XQuantState.estimate``: the layers below added up."""
+        """See ``InputState.estimate``: the layers below added up."""
         packed, down = super().estimate(start, stop), self.place.tensors.get("down")
         own = packed if down is None else packed @ down.float().T
         return own.add_(self._below(start, stop)) if self.differs else own

@@ -26,7 +26,8 @@ def simulate(shape: ModelShape, workload: Workload, techniques: Iterable[Techniq
     before = _declared_load(shape, workload, chosen)
     if isinstance(workload, Compress):
         return before
-    steps = predict.simulate(fake_build(chosen, workload), shape, workload)
+    alike = all(technique.same_at_every_depth for technique in chosen)
+    steps = predict.simulate(fake_build(chosen, workload), shape, workload, extrapolate=alike)
     temporaries = before.phase("load").of(Account.WORKSPACE)
     steps = steps.add(Account.WORKSPACE, temporaries, phases=["load"])
     for (account, tier), size in before.phase("load").cells.items():

@@ -9,12 +9,12 @@ from itertools import product
 from pintpot.core import slots
 from pintpot.core.errors import CompositionError, PintpotError
 from pintpot.core.expression import expression
-from pintpot.core.ledger import Ledger
+from pintpot.core.ledger import Ledger, Tier
 from pintpot.core.plan import Rejection
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Saving, Technique
 from pintpot.core.workload import WORKLOADS, Workload
-from pintpot.planner.problem import Composition, ordered
+from pintpot.planner.problem import Composition, Problem, ordered
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,28 @@ def _unfit(kind: type[Technique], workload: Workload, exclude: Collection[str]) 
     if facts.saving is Saving.SIMULATED:
         return "its saving is simulated: it frees no bytes"
     return ""
+
+
+def undominated(problem: Problem) -> Composition:
+    """The configurations to which no other of the same part is preferable whatever the budget.
+
+    Wings have many methods for the same purpose, and their products multiply: only what could be chosen goes on.
+    """
+    risks = {option: problem.risk((option,)) for option in problem.techniques}
+    sizes = {option: _sizes(problem.predict((option,))) for option in problem.techniques}
+
+    def beats(one: Technique, other: Technique) -> bool:
+        a, b = one.facts, other.facts
+        if (a.slot, a.part) != (b.slot, b.part) or not (a.needs <= b.needs and a.removes <= b.removes):
+            return False
+        return risks[one] < risks[other] and all(size <= sizes[other].get(at, 0) for at, size in sizes[one].items())
+
+    return tuple(option for option in risks if not any(beats(rival, option) for rival in risks))
+
+
+def _sizes(ledger: Ledger) -> dict[tuple[str, Tier], int]:
+    """Peaks by phase and tier."""
+    return {(phase, tier): ledger.phase(phase, tier).total(tier) for phase in ledger.phases() for tier in Tier}
 
 
 def choices(techniques: Iterable[Technique]) -> tuple[Choice, ...]:

@@ -11,7 +11,7 @@ from pintpot.core.expression import expression
 from pintpot.core.ledger import Ledger, Tier
 from pintpot.core.units import GiB, KiB, MiB, format_bytes, parse_bytes
 from pintpot.core.workload import Budget
-from pintpot.planner.options import choices, incomplete
+from pintpot.planner.options import choices, incomplete, undominated
 from pintpot.planner.problem import Composition, Problem, excess, limits_of
 from pintpot.planner.program import Program, Selection
 
@@ -111,7 +111,7 @@ class _Search:
         self.problem = problem
         self.simulate = simulate
         self.limits = limits_of(problem.budget)
-        self.program = Program(problem, choices(problem.techniques))
+        self.program = Program(problem, choices(undominated(problem)))
 
     def cheapest(self) -> Solution | None:
         """The best composition that fits by the closed form, and by simulation where there is one."""
