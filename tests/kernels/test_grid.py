@@ -128,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
 def test_workspace_is_bounded_and_predicted(dtype, workspace, monkeypatch):
     monkeypatch.setattr(grid, "WORKSPACE_BYTES", workspace)
     packed, scale, zero, _ = make_grid(256, 512, 4, 32, False)
-    x = torch.randn(2, 512, dtype=dtype)
+    x = torch.randn(2 * grid.FEW_ROWS, 512, dtype=dtype)
     with LiveBytes(x, packed, scale, zero) as tracked:
         out = grid_matmul(x, packed, scale, zero, bits=4, group_size=32)
     predicted = workspace_bytes(256, 512, 32, dtype)

@@ -18,11 +18,13 @@ def command(
 ) -> None:
     """Measure memory bandwidth, arithmetic and disk rates (under 20 s), and keep them for time forecasts."""
     from pintpot.cli._tables import record_table
+    from pintpot.kernels import native
     from pintpot.ledger.machine import machine
 
     with notes(quiet or json).status("measuring this machine"):
         record = machine(refresh=refresh)
+    found = {**asdict(record), "kernels": native.path()}
     if json:
-        print_json(asdict(record))
+        print_json(found)
     else:
-        facts().print(record_table("machine", asdict(record)))
+        facts().print(record_table("machine", found))

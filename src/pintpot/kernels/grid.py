@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from pintpot.kernels import native
 from pintpot.kernels.packing import unpack
 
 WORKSPACE_BYTES = 16 << 20
 """Most bytes of temporaries in ``grid_matmul`` (or one row's worth, where a row alone is more)."""
 
+FEW_ROWS = 8
+"""Up to so many rows of input the compiled product, which makes no row dense, is the faster."""
+
 
 def _row_bytes(in_features: int, groups: int, itemsize: int) -> int:
+    if native.library() is not None:
+        return in_features * itemsize
     # At the peak, the codes (a byte each) and the numbers made from them are alive together, and for each group the
     # zero (a byte, and a number) and the scale.
     return in_features * (1 + itemsize) + groups * (1 + 2 * itemsize)
@@ -31,7 +37,10 @@ def _rows_at_once(in_features: int, groups: int, itemsize: int) -> int:
 
 
 def workspace_bytes(out_features: int, in_features: int, group_size: int, dtype: torch.dtype) -> int:
-    """Bytes of temporaries that ``grid_matmul`` needs at most for a matrix of this shape in this dtype."""
+    """Bytes of temporaries that ``grid_matmul`` needs for a matrix of this shape in this dtype and many rows of input.
+
+    For few rows the compiled kernel needs none.
+    """
     groups = -(-in_features // group_size)
     rows = min(out_features, _rows_at_once(in_features, groups, dtype.itemsize))
     return rows * _row_bytes(in_features, groups, dtype.itemsize)
@@ -52,6 +61,22 @@ def dequantize(
     Returns:
         (..., I) in ``dtype``.
     """
+    if dtype in native.DTYPES and in_features and native.serves(packed, scale, zero):
+        dense: Tensor = torch.ops.pintpot.grid_dequantize(packed, scale, zero, bits, group_size, in_features, dtype)
+        return dense
+    return dequantize_definition(packed, scale, zero, bits, group_size, in_features, dtype)
+
+
+def dequantize_definition(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What ``dequantize`` does, in plain torch."""
     groups = scale.shape[-1]
     offset = 1 << (bits - 1) if zero is None else unpack(zero, bits, groups).to(dtype)
     scale = scale.to(dtype)
@@ -75,10 +100,7 @@ class _GridMatmul(torch.autograd.Function):
     def forward(ctx: Any, flat: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, layout: Any) -> Tensor:
         ctx.save_for_backward(packed, scale, zero)
         ctx.layout = layout
-        out = flat.new_empty((flat.shape[0], packed.shape[0]))
-        for rows in _strips(packed.shape[0], layout["in_features"], scale.shape[1], flat):
-            torch.mm(flat, _rows(packed, scale, zero, rows, layout, flat.dtype).t(), out=out[:, rows])
-        return out
+        return _product(flat, packed, scale, zero, layout)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,6 +110,19 @@ class _GridMatmul(torch.autograd.Function):
         for rows in _strips(packed.shape[0], ctx.layout["in_features"], scale.shape[1], gradient):
             back.addmm_(gradient[:, rows], _rows(packed, scale, zero, rows, ctx.layout, gradient.dtype))
         return back, None, None, None, None
+
+
+def _product(flat: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, layout: dict[str, int]) -> Tensor:
+    """Few rows of input times packed storage as it is; many times strips of it that are made dense."""
+    few = 0 < flat.shape[0] <= FEW_ROWS and flat.dtype in native.DTYPES
+    if few and layout["in_features"] and native.serves(flat, packed, scale, zero):
+        bits, group_size = layout["bits"], layout["group_size"]
+        product: Tensor = torch.ops.pintpot.grid_matmul(flat, packed, scale, zero, bits, group_size)
+        return product
+    out = flat.new_empty((flat.shape[0], packed.shape[0]))
+    for rows in _strips(packed.shape[0], layout["in_features"], scale.shape[1], flat):
+        torch.mm(flat, _rows(packed, scale, zero, rows, layout, flat.dtype).t(), out=out[:, rows])
+    return out
 
 
 def _strips(out_features: int, in_features: int, groups: int, operand: Tensor) -> Iterator[slice]:
@@ -124,5 +159,6 @@ def grid_matmul(
     """
     layout = {"bits": bits, "group_size": group_size, "in_features": input.shape[-1]}
     flat = input.reshape(-1, input.shape[-1])
-    out: Tensor = _GridMatmul.apply(flat, packed, scale, zero, layout)
+    needs_gradient = torch.is_grad_enabled() and input.requires_grad
+    out: Tensor = (_GridMatmul.apply if needs_gradient else _product)(flat, packed, scale, zero, layout)
     return out.reshape(*input.shape[:-1], packed.shape[0])

@@ -13,23 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
+from pintpot.kernels import native
+from pintpot.kernels.layout import field_bytes, fields_of, packed_size
 
-_FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
-
-
-def _fields(bits: int) -> tuple[int, ...]:
-    if bits not in _FIELDS:
-        raise ShapeError(f"{bits} bits cannot be packed", hint="use 1 to 8 bits")
-    return _FIELDS[bits]
-
-
-def _bytes(count: int, field: int) -> int:
-    return -(-count * field // 8)
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes in which ``pack`` stores ``count`` codes: ``count * bits / 8``, each field rounded up to a byte."""
-    return sum(_bytes(count, field) for field in _fields(bits))
+__all__ = ["pack", "packed_size", "unpack"]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -45,14 +32,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ShapeError: when the width is not 1 to 8, or the codes are not uint8.
     """
-    fields = _fields(bits)
+    fields_of(bits)
     if codes.dtype != torch.uint8:
         raise ShapeError(f"codes must be uint8, not {codes.dtype}", hint="round and clamp them, then .to(torch.uint8)")
-    count = codes.shape[-1]
+    if native.serves(codes):
+        packed: Tensor = torch.ops.pintpot.pack(codes, bits)
+        return packed
+    return pack_definition(codes, bits)
+
+
+def pack_definition(codes: Tensor, bits: int) -> Tensor:
+    """What ``pack`` does, in plain torch."""
+    fields, count = fields_of(bits), codes.shape[-1]
     packed = codes.new_zeros((*codes.shape[:-1], packed_size(count, bits)))
     start = shift = 0
     for field in fields:
-        width = _bytes(count, field)
+        width = field_bytes(count, field)
         target = packed[..., start : start + width]
         part = codes if field == 8 else (codes >> shift) & ((1 << field) - 1)
         for plane in range(8 // field):
@@ -76,7 +71,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         ShapeError: when the packed size does not belong to ``count`` codes of ``bits`` bits.
     """
-    fields = _fields(bits)
     if packed.shape[-1] != packed_size(count, bits):
         raise ShapeError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, not {packed.shape[-1]}",
@@ -84,13 +78,21 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed.clone()
+    if native.serves(packed):
+        codes: Tensor = torch.ops.pintpot.unpack(packed, bits, count)
+        return codes
+    return unpack_definition(packed, bits, count)
+
+
+def unpack_definition(packed: Tensor, bits: int, count: int) -> Tensor:
+    """What ``unpack`` does, in plain torch."""
     codes = packed.new_empty((*packed.shape[:-1], count))
     if packed.is_meta or is_fake(packed):
         # The temporaries below are smaller than the codes' next form, so leaving them out moves no peak.
         return codes
     start = shift = 0
-    for field in fields:
-        width = _bytes(count, field)
+    for field in fields_of(bits):
+        width = field_bytes(count, field)
         source = packed[..., start : start + width]
         for plane in range(8 // field):
             target = codes[..., plane * width : (plane + 1) * width]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pintpot.core.errors import CompositionError, ShapeError, TrainingError
 from pintpot.core.heap import give_back
+from pintpot.kernels import AdamRates
 from pintpot.optim import _rounding as rounding
 from pintpot.optim._groups import is_matrix, projected_groups
 from pintpot.optim._inner import Adam, Inner
@@ -283,6 +284,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 for name in inner.moments:
                     self.states.start_(state, name, here, here.shape)
             state["step"] += 1
+            if type(inner) is Adam and p.grad is not None and not self._rounds(here):
+                gradient = local(p.grad)
+                if self.states.has_adam(state, inner.moments, here, gradient):
+                    rates = AdamRates(state["step"], group["lr"], inner.betas, inner.eps, group["weight_decay"])
+                    self.states.adam_(state, inner.moments, here, gradient, rates)
+                    continue
             flat = here.is_contiguous() and p.grad is not None and local(p.grad).is_contiguous()
             if flat and here.numel() > CHUNK_NUMEL:
                 work += [(p, piece) for piece in strips(here.numel(), CHUNK_NUMEL, here)]
@@ -361,17 +368,23 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         smalls = [project.down(state, gradient) for state, gradient in zip(states, gradients, strict=True)]
         seen = [inner.enter(state, small) for state, small in zip(states, smalls, strict=True)]
-        moments = [
-            [
-                self.states.read(s, name, inner.shape_of(name, small.shape, gradient.shape[-2]))
-                for s, small, gradient in zip(states, smalls, gradients, strict=True)
-            ]
-            for name in inner.moments
-        ]
         steps = [state["step"] - state.get("forgotten", 0) for state in states]
-        directions = inner.directions(_matching(seen, moments), moments, steps)
+        directions = self._packed_directions(states, seen, steps, inner)
+        moments: list[list[Tensor]] = []
+        if directions is None:
+            moments = [
+                [
+                    self.states.read(s, name, inner.shape_of(name, small.shape, gradient.shape[-2]))
+                    for s, small, gradient in zip(states, smalls, gradients, strict=True)
+                ]
+                for name in inner.moments
+            ]
+            directions = inner.directions(_matching(seen, moments), moments, steps)
         self._decay_([local(p.detach()) for p in parameters if not self._rounds(p)], group)
-        kept = [dict(zip(inner.moments, [values[i] for values in moments], strict=True)) for i in range(len(states))]
+        kept = [
+            dict(zip(inner.moments, [values[i] for values in moments], strict=bool(moments)))
+            for i in range(len(states))
+        ]
         for p, gradient, state, small, direction, own in zip(
             parameters, gradients, states, smalls, directions, kept, strict=True
         ):
@@ -380,6 +393,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             inner.learn_(state, small, own)
             for name, value in own.items():
                 self.states.write_(state, name, value)
+
+    def _packed_directions(
+        self, states: Sequence[State], seen: Sequence[Tensor], steps: Sequence[int], inner: Inner
+    ) -> list[Tensor] | None:
+        """Adam's directions, made on moments that stay packed; None where that cannot be."""
+        if type(inner) is not Adam:
+            return None
+        if not all(self.states.has_adam(s, inner.moments, g) for s, g in zip(states, seen, strict=True)):
+            return None
+        found = [torch.zeros_like(gradient, dtype=torch.float32) for gradient in seen]
+        # A parameter of zeros that is moved at a rate of -1 without decay is the direction.
+        for state, direction, gradient, step in zip(states, found, seen, steps, strict=True):
+            rates = AdamRates(step, -1.0, inner.betas, inner.eps)
+            self.states.adam_(state, inner.moments, direction, gradient, rates)
+        return found
 
     def _apply_(self, p: Tensor, gradient: Tensor, made: Small, parts: Parts, group: dict[str, Any]) -> None:
         """Move a matrix; where it is rounded at random, by way of its update, which is made apart."""

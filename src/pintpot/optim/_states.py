@@ -7,12 +7,13 @@ Shapes: a moment of any shape, seen flat; N elements in B = ceil(N / block) bloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from pintpot.kernels import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.optim._project import State
 from pintpot.optim._tensors import CHUNK_NUMEL, strips
 
@@ -42,6 +43,25 @@ class States(ABC):
     @abstractmethod
     def nbytes(self, numel: int, dtype: torch.dtype) -> int:
         """Bytes of a moment of so many elements for a parameter of this dtype."""
+
+    def has_adam(self, state: State, names: Sequence[str], *tensors: Tensor) -> bool:
+        """Whether there is an ``adam_`` for these moments, and for parameters and gradients like ``tensors``."""
+        return False
+
+    def adam_(self, state: State, names: Sequence[str], parameter: Tensor, gradient: Tensor, rates: AdamRates) -> None:
+        """A step of AdamW on moments as they are kept.
+
+        Args:
+            state: holds the moments.
+            names: of the first and the second moment.
+            parameter: is moved in place; has the moments' shape.
+            gradient: of the same shape.
+            rates: those of the step.
+
+        Raises:
+            NotImplementedError: where ``has_adam`` says no.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -100,11 +120,7 @@ class BlockStates(States):
                 whole.view(-1)[part] = self.read(state, name, shape, part)
             return whole
         start, stop = (0, shape.numel()) if piece is None else (piece.start, piece.stop)
-        codes = state[name][self._code_bytes(start) : self._code_bytes(stop)]
-        scales = state[name + SCALE][start // self.block : -(-stop // self.block)]
-        # At 4 bits the levels of both numbers of a byte come from one look-up.
-        numbers = self._table("levels", name, codes.device).index_select(0, codes.int()).view(-1)[: stop - start]
-        numbers = self._blocks(numbers).mul_(scales[:, None]).view(-1)[: stop - start]
+        numbers = self._packed(state, name, start, stop).decode(stop - start)
         return numbers.view(shape) if piece is None else numbers
 
     def write_(self, state: State, name: str, value: Tensor, piece: slice | None = None) -> None:
@@ -114,19 +130,30 @@ class BlockStates(States):
                 self.write_(state, name, value.reshape(-1)[part], part)
             return
         start, stop = (0, value.numel()) if piece is None else (piece.start, piece.stop)
-        blocks = self._blocks(value.reshape(-1).float())
-        scales = blocks.abs().amax(dim=-1)
-        state[name + SCALE][start // self.block : -(-stop // self.block)] = scales
-        ratios = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: stop - start]
-        codes = self._table("codes", name, value.device).index_select(0, _bits_of(ratios))
-        if self.bits == 4:
-            codes = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-            codes = codes[:, 0] | (codes[:, 1] << 4)
-        state[name][self._code_bytes(start) : self._code_bytes(stop)] = codes
+        self._packed(state, name, start, stop).encode_(value.reshape(-1))
+
+    def has_adam(self, state: State, names: Sequence[str], *tensors: Tensor) -> bool:
+        """Where the compiled kernel takes them."""
+        return packed_adam_serves(*self._both(state, names, tensors[0].numel()), *tensors)
+
+    def adam_(self, state: State, names: Sequence[str], parameter: Tensor, gradient: Tensor, rates: AdamRates) -> None:
+        """Without more than a block unpacked at a time."""
+        packed_adam_(parameter, gradient, *self._both(state, names, parameter.numel()), rates)
 
     def nbytes(self, numel: int, dtype: torch.dtype) -> int:
         """Codes and scales, whatever the parameter's dtype."""
         return self._code_bytes(numel) + 4 * -(-numel // self.block)
+
+    def _both(self, state: State, names: Sequence[str], numel: int) -> tuple[Packed, Packed]:
+        first, second = (self._packed(state, name, 0, numel) for name in names)
+        return first, second
+
+    def _packed(self, state: State, name: str, start: int, stop: int) -> Packed:
+        """Elements ``start`` (a multiple of a block) to ``stop`` of a moment, in its storage."""
+        codes = state[name][self._code_bytes(start) : self._code_bytes(stop)]
+        scales = state[name + SCALE][start // self.block : -(-stop // self.block)]
+        levels, table = (self._table(kind, name, codes.device) for kind in ("levels", "codes"))
+        return Packed(codes, scales, levels, table, self.bits, self.block)
 
     def _table(self, kind: str, name: str, device: torch.device) -> Tensor:
         """``levels``, float32 (256,) or at 4 bits (256, 2), or ``codes``, uint8 (65536,), for a moment."""
@@ -144,10 +171,6 @@ class BlockStates(States):
 
     def _code_bytes(self, numel: int) -> int:
         return numel if self.bits == 8 else -(-numel // 2)
-
-    def _blocks(self, flat: Tensor) -> Tensor:
-        missing = -flat.numel() % self.block
-        return (functional.pad(flat, (0, missing)) if missing else flat).view(-1, self.block)
 
 
 STATE_BITS = (32, 8, 4)
@@ -179,8 +202,3 @@ def _codes(levels: Tensor) -> Tensor:
     every = torch.arange(1 << 16, dtype=torch.int32, device=levels.device).to(torch.int16).view(torch.bfloat16).float()
     every = torch.nan_to_num(every, nan=0.0).clamp(-1, 1)
     return torch.bucketize(every, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
-
-
-def _bits_of(numbers: Tensor) -> Tensor:
-    """The 16 bits of each number rounded to bfloat16, int32."""
-    return numbers.to(torch.bfloat16).view(torch.int16).int().bitwise_and_(0xFFFF)

@@ -4,8 +4,8 @@ Source:    Li et al. 2023, arXiv:2309.01507, sec. 3 and 4 (signed dynamic expone
            zero for the second).
 Differs:   the second moment of matrices is scaled by blocks of 128, where the paper takes the smaller of row and column
            maxima; small tensors are quantised too.
-Saves:     optimizer, real: 1/2 + 4/128 bytes an element of a moment instead of 4 (or 2). One batch of moments is
-           unpacked at a time.
+Saves:     optimizer, real: 1/2 + 4/128 bytes an element of a moment instead of 4 (or 2). One block of moments (on
+           the CPU, by the compiled kernel) or one batch of them is unpacked at a time.
 Shapes:    moments of any shape, seen flat in blocks.
 Composes:  any rule of the optimizer slot that keeps whole moments (alone: AdamW), gradient release, adapters.
 Use when:  8 bits are still too many, and the update should stay AdamW's.

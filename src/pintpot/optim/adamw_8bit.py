@@ -3,8 +3,8 @@
 Source:    Dettmers et al. 2021, arXiv:2110.02861, sec. 2 (block-wise dynamic quantisation).
 Differs:   blocks of 256 elements, as in the authors' later package, where the paper has 2,048; a value takes the level
            nearest to its rounding to bfloat16; small tensors are quantised too.
-Saves:     optimizer, real: 1 + 4/256 bytes an element of a moment instead of 4 (or 2). One batch of moments is unpacked
-           at a time.
+Saves:     optimizer, real: 1 + 4/256 bytes an element of a moment instead of 4 (or 2). One block of moments (on the
+           CPU, by the compiled kernel) or one batch of them is unpacked at a time.
 Shapes:    moments of any shape, seen flat in blocks.
 Composes:  any rule of the optimizer slot that keeps whole moments (alone: AdamW), gradient release, adapters.
 Use when:  AdamW's states do not fit, and nothing else about training should change.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from pintpot.core.shape import ModelShape
+from pintpot.kernels import native
+from pintpot.kernels.grid import FEW_ROWS
 from pintpot.weights._base import WeightMethod
 from pintpot.weights.grid import ENCODE_ELEMENTS
 from pintpot.weights.modules import Target, find_targets
@@ -48,14 +50,30 @@ def compression_peak(shape: ModelShape, method: WeightMethod) -> int:
     return max(largest, others) + ENCODE_TEMPORARIES * together
 
 
-def extra_reads(shape: ModelShape, method: WeightMethod) -> int:
-    """Bytes moved more than with dense weights in one pass over all matrices.
+def multiplies_packed(rows: int) -> bool:
+    """Whether products with so many rows of input are made by the compiled kernel, without workspace."""
+    return rows <= FEW_ROWS and native.library() is not None
 
-    Each number is unpacked (a byte written and read), converted, shifted, scaled (each written, and read again) and
-    multiplied; the dense weight was read once.
+
+def extra_reads(shape: ModelShape, method: WeightMethod, rows: int) -> int:
+    """Bytes moved more than with dense weights (or, if negative, less) in one pass over all matrices.
+
+    The compiled product reads what is packed, and makes a byte of each number for a moment. The compiled
+    dequantisation reads what is packed and writes the dense numbers, which the product then reads as it would have
+    read the weight. Without it each number is unpacked (a byte written and read), converted, shifted and scaled (each
+    written, and read again) first.
+
+    Args:
+        shape: the model.
+        method: what packs its weights.
+        rows: rows of input of each product.
     """
     itemsize = shape.dtype.itemsize
-    return sum(t.nbytes(method) + t.numel * (2 + 5 * itemsize) for t in targets_of(shape))
+    if multiplies_packed(rows):
+        each = 1 - itemsize
+    else:
+        each = 2 * itemsize if native.library() is not None else 2 + 5 * itemsize
+    return sum(t.nbytes(method) + t.numel * each for t in targets_of(shape))
 
 
 def _kinds(targets: tuple[Target, ...]) -> tuple[Target, ...]:

@@ -24,9 +24,9 @@ from pintpot.core.ledger import Account, Ledger, Moment, Tier
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.work import Work
-from pintpot.core.workload import Workload
+from pintpot.core.workload import Generate, Train, Workload
 from pintpot.weights._base import Format, WeightMethod
-from pintpot.weights.forecast import compression_peak, extra_reads, packed_change
+from pintpot.weights.forecast import compression_peak, extra_reads, multiplies_packed, packed_change
 from pintpot.weights.grid import Grid
 
 RISK = {8: 0.0002, 7: 0.0003, 6: 0.0025, 5: 0.0092, 4: 0.029, 3: 0.20, 2: 4.1}
@@ -100,6 +100,8 @@ class RTN(WeightMethod):
             apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, loading)
             return Ledger("predicted", (apply.with_bytes(Account.CHECKPOINT, shape.weight_bytes + change, Tier.DISK),))
         extra = {"load": loading, "apply": loading} | dict.fromkeys(MULTIPLYING, workspace)
+        if isinstance(workload, Generate) and multiplies_packed(workload.batch):
+            extra["decode"] = 0
 
         def edit(moment: Moment) -> Moment:
             more = moment.of(Account.WORKSPACE) + extra.get(moment.phase, 0)
@@ -110,10 +112,14 @@ class RTN(WeightMethod):
         return ledger.edit(edit)
 
     def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
-        """Packed bytes are read instead of dense ones, and made dense block by block for each product."""
-        more = extra_reads(shape, self)
-        work = work.plus("prefill", read_bytes=more).plus("decode", read_bytes=more)
-        return work.plus("step", read_bytes=2 * more)
+        """Packed bytes are read instead of dense ones; for products of many rows they are made dense part by part."""
+        if isinstance(workload, Generate):
+            prompt = extra_reads(shape, self, workload.batch * workload.prompt_tokens)
+            token = extra_reads(shape, self, workload.batch)
+            return work.plus("prefill", read_bytes=prompt).plus("decode", read_bytes=token)
+        if isinstance(workload, Train):
+            return work.plus("step", read_bytes=2 * extra_reads(shape, self, workload.batch * workload.tokens))
+        return work
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From the fit; large models lose less than the small one that it was made on."""

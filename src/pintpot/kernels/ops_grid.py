@@ -1,0 +1,159 @@
+"""The compiled operations on packed integers and grids, which ``packing.py`` and ``grid.py`` define.
+
+Each checks the sizes of its tensors, since the library only has their addresses. None keeps or changes its inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from pintpot.core.errors import ShapeError
+from pintpot.kernels import native
+from pintpot.kernels.layout import packed_size
+
+INT64 = ctypes.c_int64
+POINTER = ctypes.c_void_p
+
+
+class _Packing(ctypes.Structure):
+    _fields_ = [
+        ("packed", POINTER),
+        ("codes", POINTER),
+        *((name, INT64) for name in ("rows", "count", "bits", "threads")),
+    ]
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("packed", "scale", "zero")),
+        *((name, INT64) for name in ("scale_dtype", "rows", "columns", "group", "bits")),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("grid", _Grid),
+        ("input", POINTER),
+        ("output", POINTER),
+        *((name, INT64) for name in ("dtype", "count", "threads")),
+    ]
+
+
+class _Dequantize(ctypes.Structure):
+    _fields_ = [("grid", _Grid), ("output", POINTER), *((name, INT64) for name in ("dtype", "threads"))]
+
+
+def _rows_of(tensor: Tensor) -> int:
+    return tensor.shape[:-1].numel()
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    codes = _unpack_shape(packed, bits, count)
+    pointers = packed.data_ptr(), codes.data_ptr()
+    native.call("unpack", _Packing(*pointers, _rows_of(packed), count, bits, torch.get_num_threads()))
+    return codes
+
+
+def _unpack_shape(packed: Tensor, bits: int, count: int) -> Tensor:
+    if packed.dtype != torch.uint8 or packed.shape[-1] != packed_size(count, bits):
+        raise ShapeError(f"{count} codes of {bits} bits are not in {tuple(packed.shape)}", hint="see packed_size")
+    return packed.new_empty((*packed.shape[:-1], count))
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    packed = _pack_shape(codes, bits)
+    pointers = packed.data_ptr(), codes.data_ptr()
+    native.call("pack", _Packing(*pointers, _rows_of(codes), codes.shape[-1], bits, torch.get_num_threads()))
+    return packed
+
+
+def _pack_shape(codes: Tensor, bits: int) -> Tensor:
+    if codes.dtype != torch.uint8:
+        raise ShapeError(f"codes must be uint8, not {codes.dtype}", hint="round and clamp them, then .to(torch.uint8)")
+    return codes.new_empty((*codes.shape[:-1], packed_size(codes.shape[-1], bits)))
+
+
+def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
+    rows, groups = packed.shape[:-1], -(-columns // max(1, group_size))
+    shaped = (
+        columns > 0
+        and group_size > 0
+        and packed.shape == (*rows, packed_size(columns, bits))
+        and scale.shape == (*rows, groups)
+        and (zero is None or zero.shape == (*rows, packed_size(groups, bits)))
+    )
+    in_bytes = all(tensor is None or tensor.dtype == torch.uint8 for tensor in (packed, zero))
+    if not shaped or not in_bytes or scale.dtype not in native.DTYPES:
+        raise ShapeError(
+            f"{tuple(packed.shape)} and scales {tuple(scale.shape)} are no grid of {columns} columns,"
+            f" {bits} bits and groups of {group_size}",
+            hint="pass the tensors, bits and group size that were stored together",
+        )
+
+
+def _grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> _Grid:
+    pointers = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    return _Grid(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
+
+
+def _dequantize(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    out = _dequantize_shape(packed, scale, zero, bits, group_size, columns, dtype)
+    grid = _grid(packed, scale, zero, bits, group_size, columns)
+    arguments = _Dequantize(grid, out.data_ptr(), native.DTYPES[dtype], torch.get_num_threads())
+    native.call("grid_dequantize", arguments)
+    return out
+
+
+def _dequantize_shape(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    _check(packed, scale, zero, bits, group_size, columns)
+    return packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
+
+
+def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
+    out = _matmul_shape(input, packed, scale, zero, bits, group_size)
+    grid = _grid(packed, scale, zero, bits, group_size, input.shape[-1])
+    pointers = input.data_ptr(), out.data_ptr()
+    arguments = _Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
+    native.call("grid_matmul", arguments)
+    return out
+
+
+def _matmul_shape(
+    input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    _check(packed, scale, zero, bits, group_size, input.shape[-1])
+    return input.new_empty((*input.shape[:-1], packed.shape[0]))
+
+
+_OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "unpack(Tensor packed, int bits, int count) -> Tensor": (_unpack, _unpack_shape),
+    "pack(Tensor codes, int bits) -> Tensor": (_pack, _pack_shape),
+    "grid_dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, int columns,"
+    " ScalarType dtype) -> Tensor": (_dequantize, _dequantize_shape),
+    "grid_matmul(Tensor input, Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size) -> Tensor": (
+        _matmul,
+        _matmul_shape,
+    ),
+}
+
+for _schema, (_run, _shape) in _OPERATIONS.items():
+    native.LIBRARY.define(_schema)
+    _name = _schema.partition("(")[0]
+    native.LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"pintpot::{_name}", _shape, lib=native.LIBRARY)
+    native.refuse_vmap(_name)
+
+
+@register_flop_formula(torch.ops.pintpot.grid_matmul)
+def _matmul_flops(input: torch.Size, packed: torch.Size, *rest: object, **named: object) -> int:
+    """A product and a sum for each number of the matrix and each input."""
+    return 2 * input.numel() * packed[0]
