@@ -44,12 +44,12 @@ COMPOSED: tuple[tuple[str, float | None], ...] = (
     ("lagkv*kivi(residual_length=32)", 0.125),
     (LEVERAGE, 0.25),
     (LEVERAGE, 0.125),
-    (LEVERAGE, 0.05),
     (f"{LEVERAGE}*kivi(bits=4, residual_length=0)", 0.125),
-    (f"{LEVERAGE}*kivi(bits=4, residual_length=0)", 0.05),
-    (f"{LEVERAGE}*kivi(bits=2, residual_length=0)", 0.05),
-    (f"{LEVERAGE}*rotatekv(bits=3, group_size=32)", 0.05),
-    ("keydiff(chunk_tokens=16)*kivi(bits=4, residual_length=0)", 0.05),
+    (f"{LEVERAGE}*fp8", 0.125),
+    (f"{LEVERAGE}*fp8", 0.05),
+    (f"{LEVERAGE}*rotatekv(bits=4, group_size=32, sink_tokens=0)", 0.125),
+    (f"{LEVERAGE}*rotatekv(bits=4, group_size=32, sink_tokens=0)", 0.05),
+    (f"{LEVERAGE}*rotatekv(bits=3, group_size=32, sink_tokens=0)", 0.05),
 )
 """Expressions, and their share of the dense cache's bytes; None for what they take."""
 

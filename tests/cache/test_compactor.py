@@ -53,7 +53,7 @@ def test_scores_are_leverage_and_the_attention_of_blocks(with_rotary):
                     attention[k, here] += weights.sum(dim=0) / 2 * values[b, k, here].double().norm(dim=-1)
         padded = torch.nn.functional.pad(attention, (1, 1))
         smooth = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
-        expected = 0.35 * standard(expected_leverage) + standard(smooth)
+        expected = 0.5 * standard(expected_leverage) + standard(smooth)
         torch.testing.assert_close(found[b], expected[:, :70].float(), rtol=1e-3, atol=1e-3)
 
 

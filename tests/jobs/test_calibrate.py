@@ -29,7 +29,7 @@ def test_a_file_is_written_and_used(tmp_path, text):
     with pytest.raises(CompositionError, match="another model"):
         pintpot.cache(AutoModelForCausalLM.from_config(tiny_config("llama")), str(done.technique))
     with pytest.raises(CompositionError, match="was made for cskv"):
-        pintpot.cache(model, str(done.technique).replace("cskv(", "cskv(rank=8, "))
+        pintpot.cache(model, str(done.technique).replace("cskv(", "cskv(key_density=0.5, "))
     with pytest.raises(OutputExists):
         pintpot.calibrate_file(reference.path(), "cskv", text, out)
 

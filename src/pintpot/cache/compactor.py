@@ -46,7 +46,9 @@ RIDGE = 1e-2
     ),
     accounts=[Account.KV_CACHE],
     claims=[
-        Claim("memory of the cache saved (%)", 68, versus="full cache", at="LongBench, quality kept", where="abstract (v2)")
+        Claim(
+            "bytes of the cache saved (%)", 68, versus="full cache", at="LongBench, quality kept", where="abstract v2"
+        )
     ],
     fidelity="the share is given, not calibrated for each text; exact leverage of narrow heads",
 )
@@ -56,7 +58,8 @@ class Compactor(ChunkedKeep):
 
     Attributes:
         kept_fraction: share of the tokens that survives.
-        leverage_weight: of the leverage scores beside the attention's, both standardised.
+        leverage_weight: of the leverage scores beside the attention's, both standardised, times the share that is
+            evicted.
         attention_weight: of the attention's; 0 leaves leverage alone.
         sketch_dim: numbers that a key is sketched in, at most.
         block_tokens: neighbours that attend to one another.
@@ -68,7 +71,7 @@ class Compactor(ChunkedKeep):
     # A guess: as much as the other keeps that look at keys and values alone.
     risk_at_half: ClassVar[float] = 0.02
     needs_rotary: ClassVar[bool] = True
-    leverage_weight: float = 0.35
+    leverage_weight: float = 1.0
     attention_weight: float = 1.0
     sketch_dim: int = 48
     block_tokens: int = 256
@@ -81,7 +84,7 @@ class Compactor(ChunkedKeep):
         if min(self.sketch_dim, self.block_tokens) < 1 or min(self.leverage_weight, self.attention_weight) < 0:
             raise CompositionError(
                 "compactor: a sketch and a block have at least one number, and no weight is negative",
-                hint="for instance compactor(leverage_weight=0.35, attention_weight=1.0)",
+                hint="for instance compactor(leverage_weight=1.0, attention_weight=1.0)",
             )
 
     @property
@@ -91,7 +94,8 @@ class Compactor(ChunkedKeep):
 
     def score(self, seen: Seen) -> Tensor:
         """See ``Keep.score``: both scores standardised over all heads, and added."""
-        scores = self.leverage_weight * standard(self._leverage(seen))
+        # With the share that is evicted as its weight, as the authors' code has it unless told otherwise.
+        scores = self.leverage_weight * (1 - self.kept_fraction) * standard(self._leverage(seen))
         if self.attention_weight:
             scores = scores + self.attention_weight * self._attention(seen)
         return scores[..., : seen.decided]
