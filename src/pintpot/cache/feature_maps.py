@@ -73,14 +73,22 @@ class Lesson:
         batch, heads, tokens, _ = self.sample.queries.shape
         count = max(1, SCORES_AT_ONCE // (batch * heads * tokens))
         blocks = [slice(start, min(tokens, start + count)) for start in range(self.first, tokens, count)]
-        return [(rows, self.outputs(rows, None)) for rows in blocks]
+        return [(rows, self.outputs(rows)) for rows in blocks]
 
-    def outputs(self, rows: slice, maps: Maps | None, drop: Drop | None = None) -> Tensor:
+    def features(self, maps: Maps, drop: Drop | None = None) -> Tensor:
+        """Of the text's keys: float32 (B, K, T, F)."""
+        return key_features(self.sample.keys.float(), maps, drop)
+
+    def outputs(
+        self, rows: slice, maps: Maps | None = None, features: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         """What the layer gives for some tokens: float32 (B, Q, hidden).
 
         Args:
             rows: which tokens.
-            maps: weights of evicted tokens are products of features; None where nothing is evicted.
+            maps: of queries, whose products with the features of keys are the weights of evicted tokens; None where
+                nothing is evicted.
+            features: of the text's keys.
             drop: of hidden units.
         """
         query, keys = self.sample.queries[:, :, rows].float(), self.sample.keys.float()
@@ -93,9 +101,8 @@ class Lesson:
         # Relative to the greatest score, and never to less than 0, so that no exponential is too large.
         base = scores.amax(dim=-1, keepdim=True).clamp(min=0)
         weights = (scores - base).exp()
-        if maps is not None:
-            of_queries = query_features(query, maps, drop).unflatten(1, (heads, -1))
-            products = of_queries @ key_features(keys, maps, drop)[:, :, None].mT
+        if maps is not None and features is not None:
+            products = query_features(query, maps, drop).unflatten(1, (heads, -1)) @ features[:, :, None].mT
             weights = torch.where(self.times[:, :, None, None] <= own, products * (-base).exp(), weights)
         norm = weights.sum(dim=-1, keepdim=True)
         if call.sinks is not None:
@@ -103,16 +110,11 @@ class Lesson:
         out = (weights @ self.sample.values[:, :, None].float()) / norm
         return out.flatten(1, 2).transpose(1, 2).flatten(2) @ self.output
 
-    def losses(self, maps: Callable[[], Maps], drop: Drop | None = None) -> Iterator[Tensor]:
-        """Parts of the mean squared error of what the layer gives, of some tokens at a time.
-
-        Args:
-            maps: gives the maps, for each part anew.
-            drop: of hidden units.
-        """
+    def losses(self, maps: Maps, features: Tensor, drop: Drop | None = None) -> Iterator[Tensor]:
+        """Parts of the mean squared error of what the layer gives, of some tokens at a time; see ``outputs``."""
         count = sum(wanted.numel() for _, wanted in self.wanted)
         for rows, wanted in self.wanted:
-            yield (self.outputs(rows, maps(), drop) - wanted).square().sum() / count
+            yield (self.outputs(rows, maps, features, drop) - wanted).square().sum() / count
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,7 @@ def train_maps(lessons: Sequence[Lesson], how: Training, generator: torch.Genera
         for index in torch.randperm(split, generator=generator).tolist():
             optimizer.zero_grad()
             with torch.enable_grad():
-                for loss in lessons[index].losses(lambda: _folded(parts), drop if how.dropout else None):
-                    (loss * scale).backward()
+                _backward(lessons[index], _folded(parts), drop if how.dropout else None, scale)
             optimizer.step()
         schedule.step()
         maps = {name: held.detach().clone() for name, held in _folded(parts).items()}
@@ -177,9 +178,18 @@ def train_maps(lessons: Sequence[Lesson], how: Training, generator: torch.Genera
     return best
 
 
+def _backward(lesson: Lesson, maps: Maps, drop: Drop | None, scale: float) -> None:
+    """Gradients of the loss of one text, whose keys are mapped once for all parts of it."""
+    features = lesson.features(maps, drop)
+    given = features.detach().requires_grad_()
+    for loss in lesson.losses(maps, given, drop):
+        (loss * scale).backward()
+    features.backward(given.grad)
+
+
 @torch.no_grad()
 def _error(lessons: Sequence[Lesson], maps: Maps) -> float:
-    return sum(float(loss) for lesson in lessons for loss in lesson.losses(lambda: maps))
+    return sum(float(loss) for lesson in lessons for loss in lesson.losses(maps, lesson.features(maps)))
 
 
 def _mean_square(lessons: Sequence[Lesson]) -> float:

@@ -46,6 +46,7 @@ ABSORBED_TOKENS = 512
     name="less",
     wing="cache",
     part="residue",
+    beside="keep",
     source=Source(
         "Get More with LESS: Synthesizing Recurrence with KV Cache Compression for Efficient LLM Inference",
         year=2024,

@@ -32,7 +32,7 @@ def check(techniques: Iterable[Technique], job: str) -> None:
     """Refuse a set of techniques that cannot run together, or not for this job.
 
     Raises:
-        CompositionError: naming every conflict at once.
+        CompositionError: naming every conflict at once, or what one has nothing to do without.
     """
     chosen = tuple(techniques)
     reasons = [
@@ -46,3 +46,11 @@ def check(techniques: Iterable[Technique], job: str) -> None:
             reasons.append(f"{first.name} with {second.name}: {reason}")
     if reasons:
         raise CompositionError("; ".join(reasons), hint="drop one of each pair, or run them one after the other")
+    filled = {(t.facts.slot, t.facts.part) for t in chosen}
+    for facts in (t.facts for t in chosen):
+        if facts.beside and (facts.slot, facts.beside) not in filled:
+            raise CompositionError(
+                f"{facts.name} has nothing to do without a technique of the {facts.beside} part of the {facts.slot} "
+                "slot",
+                hint=f"add one, or leave {facts.name} out",
+            )

@@ -72,6 +72,7 @@ class Facts:
         jobs: the jobs that it can serve.
         needs: features of the run that it relies on (``dense_weights``, ``matrix_gradients`` ...).
         removes: features of the run that it takes away from the others.
+        beside: a part of its slot without which it has nothing to do.
         claims: figures from the paper.
         saving: real, or simulated.
         fidelity: how it departs from the paper, or ``"none"``.
@@ -86,6 +87,7 @@ class Facts:
     jobs: tuple[str, ...]
     needs: frozenset[str] = frozenset()
     removes: frozenset[str] = frozenset()
+    beside: str = ""
     claims: tuple[Claim, ...] = ()
     saving: Saving = Saving.REAL
     fidelity: str = "none"
@@ -203,6 +205,7 @@ def technique(
     jobs: Iterable[str] = ("generate",),
     needs: Iterable[str] = (),
     removes: Iterable[str] = (),
+    beside: str = "",
     claims: Iterable[Claim] = (),
     saving: Saving = Saving.REAL,
     fidelity: str = "none",
@@ -223,6 +226,7 @@ def technique(
         jobs=tuple(jobs),
         needs=frozenset(needs),
         removes=frozenset(removes),
+        beside=beside,
         claims=tuple(claims),
         saving=saving,
         fidelity=fidelity,
