@@ -14,6 +14,7 @@ from pintpot.cache import (
     prefill_in_pieces,
     use_cache_attention,
 )
+from pintpot.cache.rotatekv import RotateKV
 from pintpot.core.errors import BudgetError, CompositionError, ShapeError, UnsupportedModel
 from tests.architectures import tiny_config, tiny_model
 
@@ -223,6 +224,17 @@ def test_attention_is_put_back(model):
         assert model.config._attn_implementation == "pintpot_cache"
         raise KeyboardInterrupt
     assert model.config._attn_implementation == before
+
+
+def test_attention_inside_attention_takes_nothing_away(model):
+    """A store that is shown what attention is given goes on being shown it."""
+    with use_cache_attention(model), torch.no_grad():
+        with use_cache_attention(model):
+            pass
+        cache = build_cache(model.config, store=RotateKV(bits=4))
+        model(tokens(1, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -119,8 +120,11 @@ def cache_mask(
     return padding[:, None, None, :]
 
 
-def install_attention(model: PreTrainedModel) -> None:
+def install_attention(model: PreTrainedModel) -> list[RemovableHandle]:
     """Let a model read Pintpot's caches from now on.
+
+    Returns:
+        The hooks that were added: none where the model could do so already.
 
     Raises:
         UnsupportedModel: when its attention cannot be exchanged.
@@ -128,9 +132,11 @@ def install_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, cache_attention)
     AttentionMaskInterface.register(NAME, cache_mask)
     _set(model, NAME)
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and _show_inputs not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_show_inputs, with_kwargs=True)
+    return [
+        module.register_forward_pre_hook(_show_inputs, with_kwargs=True)
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and _show_inputs not in module._forward_pre_hooks.values()
+    ]
 
 
 def _show_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,15 +158,13 @@ def use_cache_attention(model: PreTrainedModel) -> Iterator[None]:
         UnsupportedModel: when its attention cannot be exchanged.
     """
     before = model.config._attn_implementation or "eager"
-    install_attention(model)
+    added = install_attention(model)
     try:
         yield
     finally:
         _set(model, before)
-        for module in model.modules():
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _show_inputs]:
-                del hooks[key]
+        for hook in added:
+            hook.remove()
 
 
 def _set(model: PreTrainedModel, name: str) -> None:

@@ -212,7 +212,8 @@ def found_for(technique: Calibrated, config: PretrainedConfig) -> Calibration:
     """
     command = technique.command
     technique.require_calibration(config)
-    found = _read_once(str(Path(technique.calibration).expanduser().resolve()))
+    file = Path(technique.calibration).expanduser().resolve()
+    found = _read_once(str(file), file.stat().st_mtime_ns if file.is_file() else 0)
     if found.model != ModelShape.from_config(config).fingerprint:
         raise CompositionError(f"{technique.calibration} was made for another model", hint=f"run {command}")
     if found.technique != technique.fitted_as:
@@ -231,7 +232,8 @@ def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _read_once(path: str) -> Calibration:
+def _read_once(path: str, written: int) -> Calibration:
+    """The file's contents, read again when it was written again."""
     # Files cannot be read into tensors without bytes, and what is read once serves real runs too.
     with unset_fake_temporarily():
         return read_calibration(path)
