@@ -1,6 +1,8 @@
 """What every registered cache technique must do, on every architecture with attention."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,23 @@ def test_bytes_are_as_predicted_and_less_than_dense(name, composition):
     dense = build_cache(model.config)
     generate(model, dense)
     assert measured < dense.nbytes()
+
+
+@pytest.mark.parametrize("composition", [{}, *SINGLES, *SHARED[:2], *RESIDUAL[:2]], ids=label)
+def test_a_cache_is_freed_when_it_is_let_go(composition):
+    """Without the help of the collector of cycles: the next prompt's cache must not stand beside the last one's."""
+    model = tiny_model("llama")
+    composition = ready(composition, model)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = build_cache(model.config, **composition)
+        generate(model, cache)
+        layers = [weakref.ref(layer) for layer in cache.layers]
+        del cache
+        assert [layer() for layer in layers] == [None] * len(layers)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("composition", [*SINGLES, *PAIRS[::7], *SHARED[::7], *RESIDUAL[::7]], ids=label)

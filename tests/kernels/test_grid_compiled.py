@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pintpot.core.errors import CompositionError, ShapeError
-from pintpot.kernels import dequantize, grid_matmul, native, pack, packed_size, unpack
+from pintpot.kernels import dequantize, grid_matmul, native, pack, packed_size, restore, unpack
 from pintpot.kernels.grid import FEW_ROWS, dequantize_definition
-from pintpot.kernels.packing import pack_definition, unpack_definition
+from pintpot.kernels.packing import pack_definition, restore_definition, unpack_definition
 
 BITS = range(1, 9)
 
@@ -37,6 +37,68 @@ def test_packing_is_bit_for_bit_the_definition(isa, bits):
         packed = torch.ops.pintpot.pack(codes, bits)
         assert torch.equal(packed, pack_definition(codes, bits))
         assert torch.equal(torch.ops.pintpot.unpack(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_short_rows_are_unpacked_together(isa, threads, bits):
+    generator = torch.Generator().manual_seed(bits)
+    for rows, count in ((0, 8), (257, 32), (300, 20), (999, 8), (5000, 1), (70, 130)):
+        codes = torch.randint(0, 1 << bits, (rows, count), dtype=torch.uint8, generator=generator)
+        assert torch.equal(torch.ops.pintpot.unpack(pack_definition(codes, bits), bits, count), codes)
+
+
+def make_restorable(shape, bits, group_size, dtype=torch.float16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    groups = (*shape[:-1], -(-shape[-1] // group_size))
+    scale, low = (torch.randn(groups, generator=generator).to(dtype) for _ in range(2))
+    return pack_definition(codes, bits), scale, low
+
+
+RESTORED = [((2, 3, 129, 32), 32), ((0, 32), 32), ((300, 64), 32), ((7, 1), 1), ((200, 20), 8), ((3, 9000), 100)]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_restored_numbers_are_bit_for_bit_the_definition(isa, threads, bits, dtype):
+    for shape, group_size in RESTORED:
+        packed, scale, low = make_restorable(shape, bits, group_size, dtype)
+        found = torch.ops.pintpot.restore(packed, scale, low, bits, group_size, shape[-1])
+        assert torch.equal(found, restore_definition(packed, scale, low, bits, group_size, shape[-1]))
+
+
+def test_the_definition_is_codes_times_scales_and_least_numbers():
+    for shape, group_size in RESTORED:
+        packed, scale, low = make_restorable(shape, 5, group_size)
+        group = torch.arange(shape[-1]) // group_size
+        codes = unpack_definition(packed, 5, shape[-1])
+        expected = codes.double() * scale.double()[..., group] + low.double()[..., group]
+        found = restore_definition(packed, scale, low, 5, group_size, shape[-1])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_a_block_is_restored_as_all_of_it(compiled):
+    packed, scale, low = make_restorable((2, 4, 64, 32), 4, 16)
+    whole = restore(packed, scale, low, bits=4, group_size=16, count=32)
+    part = [stored[:, :, 8:40] for stored in (packed, scale, low)]
+    assert not native.serves(*part)
+    assert torch.equal(restore(*part, bits=4, group_size=16, count=32), whole[:, :, 8:40])
+
+
+def test_restoring_refuses_what_does_not_belong_together(compiled):
+    packed, scale, low = make_restorable((4, 64), 4, 32)
+    for wrong in ((packed[:, 1:], scale, low), (packed, scale[:, :1], low), (packed, scale, low[:1])):
+        stored = [tensor.contiguous() for tensor in wrong]
+        with pytest.raises(ShapeError):
+            torch.ops.pintpot.restore(*stored, 4, 32, 64)
+        with pytest.raises(ShapeError):
+            restore_definition(*stored, 4, 32, 64)
+    with pytest.raises(ShapeError, match="least numbers"):
+        torch.ops.pintpot.restore(packed, scale, low.float(), 4, 32, 64)
+    with pytest.raises(ShapeError, match="9 bits"):
+        restore(packed, scale, low, bits=9, group_size=32, count=64)
+    with pytest.raises(ShapeError):
+        restore(packed, scale, low, bits=4, group_size=0, count=64)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -151,6 +213,9 @@ def test_vmap_is_refused(compiled):
     assert packed.shape[-1] == packed_size(8, 4)
     with pytest.raises(CompositionError, match="vmap"):
         torch.vmap(lambda row: unpack(row, 4, 8))(packed)
+    scale = torch.ones(3, 1)
+    with pytest.raises(CompositionError, match="vmap"):
+        torch.vmap(lambda row, step: torch.ops.pintpot.restore(row, step, step, 4, 8, 8))(packed, scale)
 
 
 def test_products_are_counted(compiled):

@@ -70,6 +70,7 @@ def test_torch_finds_no_fault_with_the_registrations(compiled):
     for operation, arguments in (
         (torch.ops.pintpot.pack, (codes, 4)),
         (torch.ops.pintpot.unpack, (packed, 4, 40)),
+        (torch.ops.pintpot.restore, (packed, scale, scale.neg(), 4, 32, 40)),
         (torch.ops.pintpot.grid_dequantize, (packed, scale, None, 4, 32, 40, torch.bfloat16)),
         (torch.ops.pintpot.grid_matmul, (torch.ones(2, 40), packed, scale, None, 4, 32)),
     ):

@@ -17,8 +17,9 @@ from pintpot.cache.cascade import Cascade, LayerKeep
 from pintpot.cache.dense import Dense
 from pintpot.cache.forecast import Parts, cache_bytes, places_of, waiting_bytes
 from pintpot.cache.geometry import FULL, SLIDING, layer_kinds
-from pintpot.cache.layer import Agreement, CacheLayer, SlidingLayer
+from pintpot.cache.layer import CacheLayer, SlidingLayer
 from pintpot.cache.limit import Limit
+from pintpot.cache.links import Agreement
 from pintpot.cache.residue import Residue
 from pintpot.cache.rotary import rotary_of
 from pintpot.cache.shared import SharedLayer

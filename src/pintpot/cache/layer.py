@@ -16,6 +16,7 @@ from pintpot.cache.cascade import Cascade
 from pintpot.cache.dense import DenseChunk, dense_chunks
 from pintpot.cache.lanes import LaneState, open_state
 from pintpot.cache.limit import Limit
+from pintpot.cache.links import Agreement, Below
 from pintpot.cache.padded import PaddedRows
 from pintpot.cache.residue import Residue, ResidueState
 from pintpot.cache.shared import Handle, Lent
@@ -25,18 +26,6 @@ from pintpot.core.errors import CompositionError
 
 MERGE_TOKENS = 1024
 """Up to so many tokens, the dense end of the cache and the new tokens are attended to as one chunk."""
-
-
-class Agreement:
-    """What the lowest layer has chosen, for stores in which all layers hold the same tokens."""
-
-    def __init__(self) -> None:
-        self.chosen: Tensor | None = None
-        self._rows: dict[int, Agreement] = {}
-
-    def of_row(self, row: int) -> Agreement:
-        """The agreement on one sequence of a padded batch."""
-        return self._rows.setdefault(row, Agreement())
 
 
 class CacheLayer(CacheLayerMixin):
@@ -80,7 +69,7 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()
         self.store, self.keep, self.limit, self.residue = store, keep, limit, residue
         self.lower: CacheLayer | None = None
-        self.place = place if place is None or place.index == 0 else place.but(below=self._below)
+        self.place = place if place is None or place.index == 0 else place.but(below=Below(self))
         self.cascade, self.agreement = cascade, agreement
         self.readers = 0
         self.aside = 0
@@ -91,9 +80,6 @@ class CacheLayer(CacheLayerMixin):
         layer = CacheLayer(self.store, self.keep, self.place, residue=self.residue)
         layer.readers = self.readers
         return layer
-
-    def _below(self) -> StoreState:
-        return cast(CacheLayer, self.lower).stored
 
     def _clear(self) -> None:
         self.rows: PaddedRows | None = None
@@ -218,7 +204,7 @@ class CacheLayer(CacheLayerMixin):
         if call.mask is not None and self.rows is None and not self.is_croppable:
             self._tell_apart(handle)
         if self.rows is not None and handle.tokens is not None:
-            out = self.rows.attend(handle.tokens, call)
+            out = self.rows.attend(self, handle.tokens, call)
             handle.tokens = None
             self._waits = False
             return out
@@ -238,7 +224,7 @@ class CacheLayer(CacheLayerMixin):
             CompositionError: when this layer has not attended to them itself before.
         """
         if self.rows is not None:
-            return self.rows.lend(call)
+            return self.rows.lend(self, call)
         lent = self._lent
         if lent is None:
             raise CompositionError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pintpot.cache._base import Chunk, LayerSizes
-from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels import pack, packed_size, restore
 
 BLOCK_TOKENS = 256
 """Tokens of a block: what streamed attention makes dense at a time, and at most so many are spare."""
@@ -66,13 +66,6 @@ def quantize(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     step = scale.float().unsqueeze(-1)
     codes = (numbers - low.float().unsqueeze(-1)) / torch.where(step > 0, step, torch.ones_like(step))
     return codes.round_().clamp_(0, (1 << bits) - 1).to(torch.uint8), scale, low
-
-
-def restore(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    """The numbers, in float32: codes (..., N, G) with scale and low (..., N) give (..., N * G)."""
-    numbers = codes.to(torch.float32)
-    numbers.mul_(scale.unsqueeze(-1).float()).add_(low.unsqueeze(-1).float())
-    return numbers.flatten(-2)
 
 
 class Block:
@@ -139,14 +132,16 @@ class Block:
         """Keys of tokens ``start`` to ``stop`` (multiples of the group size), transposed: float32 (B, K, D, T)."""
         size = self.layout.key_group
         here = slice(start // size, stop // size)
-        codes = unpack(self.keys[..., here, :], self.layout.bits, size)
-        return restore(codes, self.key_scale[..., here], self.key_low[..., here])
+        scale, low = self.key_scale[..., here, None], self.key_low[..., here, None]
+        groups = restore(self.keys[..., here, :], scale, low, bits=self.layout.bits, group_size=size, count=size)
+        return groups.flatten(-2)
 
     def read_values(self, start: int, stop: int) -> Tensor:
         """Values of tokens ``start`` to ``stop``: float32 (B, K, T, D)."""
-        codes = unpack(self.values[..., start:stop, :], self.layout.bits, self.value_dim)
-        groups = codes.unflatten(-1, (-1, self.layout.value_group))
-        return restore(groups, self.value_scale[..., start:stop, :], self.value_low[..., start:stop, :])
+        here, group_size = slice(start, stop), self.layout.value_group
+        scale, low = self.value_scale[..., here, :], self.value_low[..., here, :]
+        packed, bits = self.values[..., here, :], self.layout.bits
+        return restore(packed, scale, low, bits=bits, group_size=group_size, count=self.value_dim)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held."""

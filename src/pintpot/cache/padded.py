@@ -51,16 +51,21 @@ class PaddedRows:
     """
 
     def __init__(self, layer: CacheLayer, batch: int) -> None:
-        self.layer = layer
         self.alone = [layer.like() for _ in range(batch)]
 
-    def attend(self, tokens: Tokens, call: Call) -> Tensor:
-        """Attention of new tokens (B, K, S, D) to those held of their own sequence: (B, S, H, D), zero for pads."""
+    def attend(self, owner: CacheLayer, tokens: Tokens, call: Call) -> Tensor:
+        """Attention of new tokens (B, K, S, D) to those held of their own sequence: (B, S, H, D), zero for pads.
+
+        Args:
+            owner: the layer that holds the sequences.
+            tokens: the new ones, pads included.
+            call: of attention, with the mask of the batch.
+        """
         batch, heads, count, _ = call.query.shape
         real = [count] * batch if call.mask is None else real_tokens(call.mask, count)
         out = call.query.new_zeros((batch, count, heads, tokens.values.shape[-1]))
         for row, n in enumerate(real):
-            layer = self._ready(row)
+            layer = self._ready(owner, row)
             if n:
                 new = tokens.row(row).part(count - n)
                 layer.inputs = None if new.inputs is None else new.inputs[:, 0]
@@ -69,11 +74,11 @@ class PaddedRows:
                 out[row : row + 1, count - n :] = layer.attend(handle, own)
         return out
 
-    def lend(self, call: Call) -> Tensor:
+    def lend(self, owner: CacheLayer, call: Call) -> Tensor:
         """See ``CacheLayer.lend``: (B, S, H, D), zero for pads."""
         batch, heads, count, _ = call.query.shape
         real = [count] * batch if call.mask is None else real_tokens(call.mask, count)
-        place = cast(Place, self.layer.place)
+        place = cast(Place, owner.place)
         out = call.query.new_zeros((batch, count, heads, place.sizes.value_dim))
         for row, n in enumerate(real):
             if n:
@@ -81,13 +86,13 @@ class PaddedRows:
                 out[row : row + 1, count - n :] = self.alone[row].lend(own)
         return out
 
-    def _ready(self, row: int) -> CacheLayer:
+    def _ready(self, owner: CacheLayer, row: int) -> CacheLayer:
         """The layer of a sequence, among the other layers of the same sequence."""
         layer = self.alone[row]
-        if self.layer.lower is not None and self.layer.lower.rows is not None:
-            layer.lower = self.layer.lower.rows.alone[row]
-        layer.cascade = None if self.layer.cascade is None else self.layer.cascade.of_row(row)
-        layer.agreement = None if self.layer.agreement is None else self.layer.agreement.of_row(row)
+        if owner.lower is not None and owner.lower.rows is not None:
+            layer.lower = owner.lower.rows.alone[row]
+        layer.cascade = None if owner.cascade is None else owner.cascade.of_row(row)
+        layer.agreement = None if owner.agreement is None else owner.agreement.of_row(row)
         return layer
 
     def tensors(self) -> Iterator[Tensor]:

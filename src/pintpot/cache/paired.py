@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from pintpot.cache._base import Call, Chunk, Place, StoreState
 from pintpot.cache.dense import DenseChunk, dense_chunks
-from pintpot.cache.packed import quantize, restore, scale_dtype
+from pintpot.cache.packed import quantize, scale_dtype
 from pintpot.cache.rows import BLOCK_TOKENS, Columns, Rows
 from pintpot.cache.tokens import Buffer, Tokens
 from pintpot.core.errors import CompositionError
-from pintpot.kernels import pack, unpack
+from pintpot.kernels import pack, restore
 
 if TYPE_CHECKING:
     from pintpot.cache.minicache import MiniCache
@@ -182,8 +182,8 @@ class LowerState(PairedState):
             return held[name].to(torch.float32, copy=True)
         sizes = self.place.sizes
         dim = sizes.key_dim if name == "keys" else sizes.value_dim
-        codes = unpack(held[name], self.method.bits, dim).unflatten(-1, (-1, channels_of(dim)))
-        return restore(codes, held[f"{name}_scale"], held[f"{name}_low"])
+        stored = (held[name], held[f"{name}_scale"], held[f"{name}_low"])
+        return restore(*stored, bits=self.method.bits, group_size=channels_of(dim), count=dim)
 
     def handed_chunks(self) -> Iterator[Chunk]:
         """See ``PairedState.handed_chunks``."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pintpot.cache.packed import quantize, restore, scale_dtype
+from pintpot.cache.packed import quantize, scale_dtype
 from pintpot.cache.rows import Columns
-from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels import pack, packed_size, restore
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class TokenGrid:
 
     def unpack(self, columns: Columns, name: str = "") -> Tensor:
         """The vectors, float32."""
-        codes = unpack(columns[f"{name}codes"], self.bits, self.width).unflatten(-1, (-1, self.group))
-        return restore(codes, columns[f"{name}scale"], columns[f"{name}low"])
+        stored = (columns[f"{name}{part}"] for part in ("codes", "scale", "low"))
+        return restore(*stored, bits=self.bits, group_size=self.group, count=self.width)
 
 
 def largest_divisor(size: int, most: int) -> int:

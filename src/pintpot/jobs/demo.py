@@ -61,7 +61,7 @@ class DemoSettings:
     model: Path
     prompt_tokens: int = 1000
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    generate_share: float = 0.75
+    generate_share: float = 0.4
     finetune_share: float = 0.4
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(

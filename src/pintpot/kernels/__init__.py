@@ -3,7 +3,7 @@
 from pintpot.kernels import ops_grid as ops_grid
 from pintpot.kernels.blocks import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.kernels.grid import dequantize, grid_matmul, workspace_bytes
-from pintpot.kernels.packing import pack, packed_size, unpack
+from pintpot.kernels.packing import pack, packed_size, restore, unpack
 
 __all__ = [
     "AdamRates",
@@ -14,6 +14,7 @@ __all__ = [
     "packed_adam_",
     "packed_adam_serves",
     "packed_size",
+    "restore",
     "unpack",
     "workspace_bytes",
 ]

@@ -28,6 +28,13 @@ class _Packing(ctypes.Structure):
     ]
 
 
+class _Restore(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("packed", "scale", "low", "output")),
+        *((name, INT64) for name in ("dtype", "rows", "count", "group", "bits", "threads")),
+    ]
+
+
 class _Grid(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("packed", "scale", "zero")),
@@ -76,6 +83,25 @@ def _pack_shape(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype != torch.uint8:
         raise ShapeError(f"codes must be uint8, not {codes.dtype}", hint="round and clamp them, then .to(torch.uint8)")
     return codes.new_empty((*codes.shape[:-1], packed_size(codes.shape[-1], bits)))
+
+
+def _restore(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: int, count: int) -> Tensor:
+    out = _restore_shape(packed, scale, low, bits, group_size, count)
+    pointers = packed.data_ptr(), scale.data_ptr(), low.data_ptr(), out.data_ptr()
+    sizes = _rows_of(packed), count, group_size, bits
+    native.call("restore", _Restore(*pointers, native.DTYPES[scale.dtype], *sizes, torch.get_num_threads()))
+    return out
+
+
+def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: int, count: int) -> Tensor:
+    _check(packed, scale, None, bits, group_size, count)
+    if low.shape != scale.shape or low.dtype != scale.dtype:
+        raise ShapeError(
+            f"least numbers {tuple(low.shape)} ({low.dtype}) are not those of scales {tuple(scale.shape)}"
+            f" ({scale.dtype})",
+            hint="pass the tensors that were stored together",
+        )
+    return packed.new_empty((*packed.shape[:-1], count), dtype=torch.float32)
 
 
 def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
@@ -137,6 +163,10 @@ def _matmul_shape(
 _OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "unpack(Tensor packed, int bits, int count) -> Tensor": (_unpack, _unpack_shape),
     "pack(Tensor codes, int bits) -> Tensor": (_pack, _pack_shape),
+    "restore(Tensor packed, Tensor scale, Tensor low, int bits, int group_size, int count) -> Tensor": (
+        _restore,
+        _restore_shape,
+    ),
     "grid_dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size, int columns,"
     " ScalarType dtype) -> Tensor": (_dequantize, _dequantize_shape),
     "grid_matmul(Tensor input, Tensor packed, Tensor scale, Tensor? zero, int bits, int group_size) -> Tensor": (

@@ -16,7 +16,7 @@ from pintpot.core.errors import ShapeError
 from pintpot.kernels import native
 from pintpot.kernels.layout import field_bytes, fields_of, packed_size
 
-__all__ = ["pack", "packed_size", "unpack"]
+__all__ = ["pack", "packed_size", "restore", "unpack"]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -103,3 +103,48 @@ def unpack_definition(packed: Tensor, bits: int, count: int) -> Tensor:
                 target.copy_(run)
         start, shift = start + width, shift + field
     return codes
+
+
+def restore(packed: Tensor, scale: Tensor, low: Tensor, *, bits: int, group_size: int, count: int) -> Tensor:
+    """The numbers ``code * scale + low`` of packed codes, each group of a row with a scale and a least number.
+
+    Not differentiable. The compiled kernel reads contiguous tensors; on the CPU others are copied first, as packed as they are.
+
+    Args:
+        packed: uint8 (..., packed_size(count, bits)).
+        scale: float (..., ceil(count / group_size)).
+        low: as ``scale``.
+        bits: width of a code, 1 to 8.
+        group_size: codes that share a scale; the last group of a row may be shorter.
+        count: number of codes in the last dimension.
+
+    Returns:
+        float32 (..., count), contiguous.
+
+    Raises:
+        ShapeError: when the sizes do not belong together.
+    """
+    if packed.device.type == "cpu":
+        packed, scale, low = packed.contiguous(), scale.contiguous(), low.contiguous()
+    if count and scale.dtype in native.DTYPES and scale.dtype == low.dtype and native.serves(packed, scale, low):
+        numbers: Tensor = torch.ops.pintpot.restore(packed, scale, low, bits, group_size, count)
+        return numbers
+    return restore_definition(packed, scale, low, bits, group_size, count)
+
+
+def restore_definition(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: int, count: int) -> Tensor:
+    """What ``restore`` does, in plain torch."""
+    if group_size < 1 or scale.shape != (*packed.shape[:-1], -(-count // group_size)) or low.shape != scale.shape:
+        raise ShapeError(
+            f"scales {tuple(scale.shape)} and least numbers {tuple(low.shape)} are not those of {count} codes in"
+            f" {tuple(packed.shape)}, in groups of {group_size}",
+            hint="pass the tensors and the group size that were stored together",
+        )
+    numbers = unpack(packed, bits, count).to(torch.float32)
+    whole = count // group_size
+    parts = [(numbers[..., : whole * group_size].unflatten(-1, (whole, group_size)), slice(0, whole))]
+    parts.append((numbers[..., whole * group_size :].unsqueeze(-2), slice(whole, None)))
+    for part, groups in parts:
+        if part.numel():
+            part.mul_(scale[..., groups, None].float()).add_(low[..., groups, None].float())
+    return numbers

@@ -60,6 +60,8 @@ void pintpot_pack(const PintpotPacking* call) { path().kernels->pack(*call); }
 
 void pintpot_unpack(const PintpotPacking* call) { path().kernels->unpack(*call); }
 
+void pintpot_restore(const PintpotRestore* call) { path().kernels->restore(*call); }
+
 int pintpot_grid_dequantize(const PintpotGridDequantize* call) { return path().kernels->grid_dequantize(*call); }
 
 int pintpot_grid_matmul(const PintpotGridMatmul* call) { return path().kernels->grid_matmul(*call); }

@@ -7,6 +7,7 @@ struct PintpotKernels {
     void (*adam)(const PintpotAdam&);
     void (*pack)(const PintpotPacking&);
     void (*unpack)(const PintpotPacking&);
+    void (*restore)(const PintpotRestore&);
     int (*grid_dequantize)(const PintpotGridDequantize&);
     int (*grid_matmul)(const PintpotGridMatmul&);
 };

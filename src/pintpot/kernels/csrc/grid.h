@@ -61,7 +61,8 @@ struct Codes {
     const uint8_t* bytes;
     int64_t stride, first;  // from row to row
     const Place* places;    // of each segment where they are packed
-    int mask[3], left[3];
+    uint64_t mask[3];       // spread
+    int left[3];
 };
 
 // Finds the fields of all segments. False where a segment lies in two planes of a field, or is no multiple of `step`.
@@ -76,7 +77,7 @@ inline bool find_places(int64_t bits, const Segments& cut, int64_t step, Place* 
             found &= (end - 1) / width == plane;
             places[s].offset[f] = byte + start - plane * width;
             places[s].right[f] = static_cast<int>(plane) * field;
-            codes->mask[f] = (1 << field) - 1;
+            codes->mask[f] = spread((1 << field) - 1);
             codes->left[f++] = shift;
         });
     }

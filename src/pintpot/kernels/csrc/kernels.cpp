@@ -5,4 +5,4 @@
 #include "grid.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
-const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA) = {adam, pack, unpack, grid_dequantize, grid_matmul};
+const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA) = {adam, pack, unpack, restore, grid_dequantize, grid_matmul};

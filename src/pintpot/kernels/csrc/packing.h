@@ -37,40 +37,63 @@ constexpr int64_t kOctets = 32;
 #else
 constexpr int64_t kOctets = 16;
 #endif
-typedef uint8_t Octets __attribute__((vector_size(kOctets)));
-typedef uint16_t Pairs __attribute__((vector_size(kOctets)));
+typedef uint64_t Octets __attribute__((vector_size(kOctets)));
+typedef uint64_t Sixteen __attribute__((vector_size(16)));
 
-// (x >> right & mask) << left of each byte. Shifts are of two bytes at once; the mask drops what comes from the other,
-// and nothing is shifted out on the left.
-inline Octets field_of(Octets x, int right, int mask, int left) {
-    const Octets kept = reinterpret_cast<Octets>(reinterpret_cast<Pairs>(x) >> right) & static_cast<uint8_t>(mask);
-    return left ? reinterpret_cast<Octets>(reinterpret_cast<Pairs>(kept) << left) : kept;
+// A byte in each byte of a word.
+inline uint64_t spread(int byte) { return static_cast<uint64_t>(byte) * 0x0101010101010101u; }
+
+// (x >> right & mask) << left of each byte, for a mask that is spread. Whole words are shifted; the mask drops what
+// comes from the next byte, and nothing is shifted out on the left.
+template <typename Words>
+inline Words field_of(Words x, int right, uint64_t mask, int left) {
+    return static_cast<Words>(((x >> right) & mask) << left);
 }
 
-// One run of a field, from one side to the other: `to = to * keeps | field of from`.
-inline void move_field(const uint8_t* from, int64_t count, int right, int mask, int left, bool keeps, uint8_t* to) {
-    int64_t i = 0;
-    for (; i + kOctets <= count; i += kOctets) {
-        Octets found = field_of(load<Octets>(from + i), right, mask, left);
-        if (keeps) found |= load<Octets>(to + i);
-        store(to + i, found);
+// One run of a field, from one side to the other, for some rows of as many bytes on each side.
+struct Move {
+    int64_t rows, from_stride, to_stride;
+    int right, mask, left;
+    bool keeps;  // `to = to | field of from`, and not only the field
+};
+
+// From byte `begin` of each row as many whole words as there are; where they end.
+template <typename Words>
+inline int64_t move_words(const Move& move, const uint8_t* from, int64_t begin, int64_t end, uint8_t* to) {
+    constexpr int64_t size = sizeof(Words);
+    const int64_t words = (end - begin) / size;
+    if (words == 0) return begin;
+    const uint64_t mask = spread(move.mask);
+    for (int64_t row = 0; row < move.rows; ++row) {
+        for (int64_t i = begin; i < begin + words * size; i += size) {
+            Words found = field_of(load<Words>(from + row * move.from_stride + i), move.right, mask, move.left);
+            if (move.keeps) found |= load<Words>(to + row * move.to_stride + i);
+            store(to + row * move.to_stride + i, found);
+        }
     }
-    for (; i < count; ++i) {
-        const int found = ((from[i] >> right) & mask) << left;
-        to[i] = static_cast<uint8_t>(keeps ? to[i] | found : found);
-    }
+    return begin + words * size;
 }
 
-// The codes `begin` to `end` of a row of `count`.
-inline void unpack_part(const uint8_t* packed, int64_t bits, int64_t count, int64_t begin, int64_t end,
-                        uint8_t* codes) {
+inline void move_field(const Move& move, const uint8_t* from, int64_t count, uint8_t* to) {
+    int64_t done = move_words<Octets>(move, from, 0, count, to);
+    done = move_words<Sixteen>(move, from, done, count, to);
+    done = move_words<uint64_t>(move, from, done, count, to);
+    done = move_words<uint32_t>(move, from, done, count, to);
+    move_words<uint8_t>(move, from, done, count, to);
+}
+
+// The codes `begin` to `end` of some rows of `count`, one row after the other.
+inline void unpack_part(const uint8_t* packed, int64_t bits, int64_t count, int64_t begin, int64_t end, uint8_t* codes,
+                        int64_t rows = 1) {
+    const int64_t bytes = packed_bytes(count, bits);
     each_field(bits, count, [&](int field, int shift, int64_t start) {
         const int64_t width = field_bytes(count, field);
         for (int64_t plane = begin / width; plane * field < 8 && plane * width < end; ++plane) {
             const int64_t first = plane * width > begin ? plane * width : begin;
             const int64_t last = (plane + 1) * width < end ? (plane + 1) * width : end;
-            move_field(packed + start + first - plane * width, last - first, static_cast<int>(plane) * field,
-                       (1 << field) - 1, shift, shift > 0, codes + first - begin);
+            const Move move = {rows, bytes, end - begin, static_cast<int>(plane) * field, (1 << field) - 1,
+                               shift, shift > 0};
+            move_field(move, packed + start + first - plane * width, last - first, codes + first - begin);
         }
     });
 }
@@ -87,7 +110,8 @@ inline void pack_row(const uint8_t* codes, int64_t bits, int64_t count, uint8_t*
         for (int64_t plane = 0; plane * field < 8 && plane * width < count; ++plane) {
             const int64_t from = plane * width;
             const int64_t run = count - from < width ? count - from : width;
-            move_field(codes + from, run, shift, mask, static_cast<int>(plane) * field, plane > 0, packed + start);
+            const Move move = {1, count, 0, shift, mask, static_cast<int>(plane) * field, plane > 0};
+            move_field(move, codes + from, run, packed + start);
         }
     });
 }
@@ -100,14 +124,25 @@ inline int64_t useful_threads(int64_t threads, int64_t work, int64_t work_per_th
     return useful < 1 ? 1 : (useful < threads ? useful : threads);
 }
 
+// Short rows are unpacked together, as many as stay in the processor's first cache.
+constexpr int64_t kCodesAtOnce = 4096;
+
+// Calls `work(first row, rows)` for rows that are unpacked together.
+template <typename Work>
+inline void each_batch(int64_t begin, int64_t end, int64_t count, const Work& work) {
+    const int64_t most = count < kCodesAtOnce ? kCodesAtOnce / count : 1;
+    for (int64_t row = begin; row < end; row += most) work(row, end - row < most ? end - row : most);
+}
+
 void unpack(const PintpotPacking& call) {
     if (call.count == 0) return;
     const int64_t bytes = packed_bytes(call.count, call.bits);
     const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
     pintpot::parallel_for(call.rows, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            unpack_row(call.packed + row * bytes, call.bits, call.count, call.codes + row * call.count);
-        }
+        each_batch(begin, end, call.count, [&](int64_t row, int64_t rows) {
+            unpack_part(call.packed + row * bytes, call.bits, call.count, 0, call.count, call.codes + row * call.count,
+                        rows);
+        });
     });
 }
 
@@ -119,6 +154,52 @@ void pack(const PintpotPacking& call) {
         for (int64_t row = begin; row < end; ++row) {
             pack_row(call.codes + row * call.count, call.bits, call.count, call.packed + row * bytes);
         }
+    });
+}
+
+// code * scale + low for the codes `begin` to `end` of a row.
+template <typename Number>
+inline void restore_part(const uint8_t* codes, const Number* scale, const Number* low, int64_t group, int64_t begin,
+                         int64_t end, float* to) {
+    for (int64_t g = begin / group, start = begin; start < end; ++g) {
+        const int64_t stop = (g + 1) * group < end ? (g + 1) * group : end;
+        const float step = number(scale[g]), least = number(low[g]);
+        for (; start + kLanes <= stop; start += kLanes) {
+            store(to + start, floats_of_bytes(codes + start - begin) * step + least);
+        }
+        for (; start < stop; ++start) to[start] = static_cast<float>(codes[start - begin]) * step + least;
+    }
+}
+
+template <typename Number>
+inline void restore_rows(const PintpotRestore& call, const Number* scale, const Number* low, int64_t row,
+                         int64_t rows) {
+    const int64_t count = call.count, groups = (count + call.group - 1) / call.group;
+    const uint8_t* packed = call.packed + row * packed_bytes(count, call.bits);
+    alignas(64) uint8_t codes[kCodesAtOnce];
+    for (int64_t begin = 0; begin < count; begin += kCodesAtOnce) {
+        const int64_t end = count - begin < kCodesAtOnce ? count : begin + kCodesAtOnce;
+        unpack_part(packed, call.bits, count, begin, end, codes, rows);
+        // Whole rows of whole groups are as one long row.
+        const bool joined = end - begin == count && count % call.group == 0;
+        const int64_t parts = joined ? 1 : rows, last = joined ? rows * count : end;
+        for (int64_t r = 0; r < parts; ++r) {
+            const int64_t first = (row + r) * groups;
+            restore_part(codes + r * (end - begin), scale + first, low + first, call.group, begin, last,
+                         call.output + (row + r) * count);
+        }
+    }
+}
+
+void restore(const PintpotRestore& call) {
+    if (call.count == 0) return;
+    const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
+    with_type(call.dtype, call.scale, [&](const auto* scale) {
+        const auto* low = static_cast<decltype(scale)>(call.low);
+        pintpot::parallel_for(call.rows, threads, [&](int64_t begin, int64_t end) {
+            each_batch(begin, end, call.count,
+                       [&](int64_t row, int64_t rows) { restore_rows(call, scale, low, row, rows); });
+        });
     });
 }
 

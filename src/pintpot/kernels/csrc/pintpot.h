@@ -34,6 +34,15 @@ struct PintpotPacking {
     int64_t rows, count, bits, threads;
 };
 
+// Such rows with a scale and a least number for each group of `group`.
+struct PintpotRestore {
+    const uint8_t* packed;  // (rows, packed_size(count, bits))
+    const void* scale;      // (rows, ceil(count / group))
+    const void* low;        // likewise, of the same dtype
+    float* output;          // (rows, count)
+    int64_t dtype, rows, count, group, bits, threads;
+};
+
 // A matrix of rows of integers with a scale and a zero for each group, as in grid.py.
 struct PintpotGrid {
     const uint8_t* packed;  // (rows, packed_size(columns, bits))
@@ -64,6 +73,7 @@ void pintpot_use_runtime(void* parallel);
 void pintpot_adam(const PintpotAdam* call);
 void pintpot_pack(const PintpotPacking* call);
 void pintpot_unpack(const PintpotPacking* call);
+void pintpot_restore(const PintpotRestore* call);
 
 // 0, or 1 where memory ran out, and the output is not whole.
 int pintpot_grid_dequantize(const PintpotGridDequantize* call);
