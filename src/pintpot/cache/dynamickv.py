@@ -63,8 +63,9 @@ class DynamicKV(WindowKeep, LayerKeep):
         sink_tokens: first tokens that stay without a vote.
     """
 
-    # A guess after SnapKV's, whose scores it uses.
-    risk_at_half: ClassVar[float] = 0.019
+    # At a quarter of the bytes 9.2 % more perplexity, and 91 % of the recall lost, of which a fifth counts
+    # (`results/cache.csv`).
+    risk_at_half: ClassVar[float] = 0.107
     window_tokens: int = 8
     kernel_size: int = 7
     most_ratio: float = 10.0

@@ -47,7 +47,9 @@ class SnapKV(WindowKeep):
         sink_tokens: first tokens that stay without a vote.
     """
 
-    risk_at_half: ClassVar[float] = 0.02
+    # At a quarter of the bytes 4.5 % more perplexity, and 94 % of the recall lost, of which a fifth counts
+    # (`results/cache.csv`).
+    risk_at_half: ClassVar[float] = 0.092
     kept_fraction: float = 0.5
     window_tokens: int = 32
     kernel_size: int = 5

@@ -31,8 +31,8 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Generate, Workload
 
-RISK_AT_HALF = 0.03
-"""Relative rise of perplexity when half of the tokens are gone: a guess, above that of keeps that choose."""
+RISK_AT_HALF = 0.09
+"""When half of the tokens are gone: a guess. Perplexity hardly rises; what was said before the window is lost."""
 
 
 @technique(
