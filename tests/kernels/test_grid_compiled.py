@@ -40,11 +40,13 @@ def test_packing_is_bit_for_bit_the_definition(isa, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_short_rows_are_unpacked_together(isa, threads, bits):
+def test_short_rows_are_packed_and_unpacked_together(isa, threads, bits):
     generator = torch.Generator().manual_seed(bits)
     for rows, count in ((0, 8), (257, 32), (300, 20), (999, 8), (5000, 1), (70, 130)):
         codes = torch.randint(0, 1 << bits, (rows, count), dtype=torch.uint8, generator=generator)
-        assert torch.equal(torch.ops.pintpot.unpack(pack_definition(codes, bits), bits, count), codes)
+        packed = torch.ops.pintpot.pack(codes, bits)
+        assert torch.equal(packed, pack_definition(codes, bits))
+        assert torch.equal(torch.ops.pintpot.unpack(packed, bits, count), codes)
 
 
 def make_restorable(shape, bits, group_size, dtype=torch.float16, seed=0):

@@ -108,7 +108,7 @@ def unpack_definition(packed: Tensor, bits: int, count: int) -> Tensor:
 def restore(packed: Tensor, scale: Tensor, low: Tensor, *, bits: int, group_size: int, count: int) -> Tensor:
     """The numbers ``code * scale + low`` of packed codes, each group of a row with a scale and a least number.
 
-    Not differentiable. The compiled kernel reads contiguous tensors; on the CPU others are copied first, as packed as they are.
+    Not differentiable. The compiled kernel reads contiguous tensors; on the CPU others are copied first, still packed.
 
     Args:
         packed: uint8 (..., packed_size(count, bits)).

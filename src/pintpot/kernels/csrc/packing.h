@@ -57,15 +57,16 @@ struct Move {
     bool keeps;  // `to = to | field of from`, and not only the field
 };
 
-// From byte `begin` of each row as many whole words as there are; where they end.
+// From byte `begin` of each row as many whole words as there are; where they end. Rows are the inner loop, since where
+// there are many they are short.
 template <typename Words>
-inline int64_t move_words(const Move& move, const uint8_t* from, int64_t begin, int64_t end, uint8_t* to) {
+inline int64_t move_words(const Move move, const uint8_t* from, int64_t begin, int64_t end, uint8_t* to) {
     constexpr int64_t size = sizeof(Words);
     const int64_t words = (end - begin) / size;
     if (words == 0) return begin;
     const uint64_t mask = spread(move.mask);
-    for (int64_t row = 0; row < move.rows; ++row) {
-        for (int64_t i = begin; i < begin + words * size; i += size) {
+    for (int64_t i = begin; i < begin + words * size; i += size) {
+        for (int64_t row = 0; row < move.rows; ++row) {
             Words found = field_of(load<Words>(from + row * move.from_stride + i), move.right, mask, move.left);
             if (move.keeps) found |= load<Words>(to + row * move.to_stride + i);
             store(to + row * move.to_stride + i, found);
@@ -102,15 +103,16 @@ inline void unpack_row(const uint8_t* packed, int64_t bits, int64_t count, uint8
     unpack_part(packed, bits, count, 0, count, codes);
 }
 
-inline void pack_row(const uint8_t* codes, int64_t bits, int64_t count, uint8_t* packed) {
-    std::memset(packed, 0, static_cast<size_t>(packed_bytes(count, bits)));
+inline void pack_rows(const uint8_t* codes, int64_t bits, int64_t count, uint8_t* packed, int64_t rows) {
+    const int64_t bytes = packed_bytes(count, bits);
+    std::memset(packed, 0, static_cast<size_t>(rows * bytes));
     each_field(bits, count, [&](int field, int shift, int64_t start) {
         const int64_t width = field_bytes(count, field);
         const int mask = (1 << field) - 1;
         for (int64_t plane = 0; plane * field < 8 && plane * width < count; ++plane) {
             const int64_t from = plane * width;
             const int64_t run = count - from < width ? count - from : width;
-            const Move move = {1, count, 0, shift, mask, static_cast<int>(plane) * field, plane > 0};
+            const Move move = {rows, count, bytes, shift, mask, static_cast<int>(plane) * field, plane > 0};
             move_field(move, codes + from, run, packed + start);
         }
     });
@@ -124,10 +126,10 @@ inline int64_t useful_threads(int64_t threads, int64_t work, int64_t work_per_th
     return useful < 1 ? 1 : (useful < threads ? useful : threads);
 }
 
-// Short rows are unpacked together, as many as stay in the processor's first cache.
+// Short rows are packed and unpacked together, as many as stay in the processor's first cache.
 constexpr int64_t kCodesAtOnce = 4096;
 
-// Calls `work(first row, rows)` for rows that are unpacked together.
+// Calls `work(first row, rows)` for rows that are taken together.
 template <typename Work>
 inline void each_batch(int64_t begin, int64_t end, int64_t count, const Work& work) {
     const int64_t most = count < kCodesAtOnce ? kCodesAtOnce / count : 1;
@@ -151,9 +153,9 @@ void pack(const PintpotPacking& call) {
     const int64_t bytes = packed_bytes(call.count, call.bits);
     const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
     pintpot::parallel_for(call.rows, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            pack_row(call.codes + row * call.count, call.bits, call.count, call.packed + row * bytes);
-        }
+        each_batch(begin, end, call.count, [&](int64_t row, int64_t rows) {
+            pack_rows(call.codes + row * call.count, call.bits, call.count, call.packed + row * bytes, rows);
+        });
     });
 }
 
