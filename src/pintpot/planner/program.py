@@ -156,12 +156,16 @@ class Program:
         rows = self._structure(cuts)
         self._limit(rows, {tier: size for tier, size in limits.items() if tier not in free})
         columns = len(self.choices) + len(self.pairs)
+        # In units of about their own size: a limit may be a thousandth of it, which the solver takes badly.
+        units = {
+            tier: max(limits[tier], *(self.base[row] for row, (_, t) in enumerate(self.rows) if t is tier))
+            for tier in free
+        }
         for row, (_, tier) in enumerate(self.rows):
             if tier in free:
-                scale = limits[tier]
-                terms = [(column, value / scale) for column, value in self._terms(row)]
-                rows.at_most([*terms, (columns + free.index(tier), -1.0)], -self.base[row] / scale)
-        costs = np.concatenate([np.zeros(columns), np.ones(len(free))])
+                terms = [(column, value / units[tier]) for column, value in self._terms(row)]
+                rows.at_most([*terms, (columns + free.index(tier), -1.0)], -self.base[row] / units[tier])
+        costs = np.concatenate([np.zeros(columns), [units[tier] / limits[tier] for tier in free]])
         solved = self._minimise(costs, rows, gap=PEAK_GAP)
         return None if solved is None else (solved[0], float(costs @ solved[1]))
 
