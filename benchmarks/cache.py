@@ -201,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=None, help="a model folder; the embedded model by default")
     parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="contexts that are timed")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of each task")
     parser.add_argument(
         "--methods", default="", help="techniques, comma-separated, beside the baseline; all by default"
@@ -219,7 +220,7 @@ def main() -> None:
     if options.only in (None, "quality", "kvpress"):
         quality(options.model or reference.path(), options)
     if options.only in (None, "speed"):
-        for context_tokens in (1024,) if options.quick else (1024, 4096):
+        for context_tokens in (1024,) if options.quick else options.lengths:
             speed(context_tokens, 5 if options.quick else 15, options)
     if options.only in (None, "memory"):
         keep(memory(1024 if options.quick else 4096, options.quick), options)
