@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pintpot.cache import KIVI, build_cache, cache_bytes, prefill_in_pieces, use_cache_attention
+from pintpot.cache.cake import CAKE
 from pintpot.cache.cascade import LayerKeep, proportional
 from pintpot.cache.fraction import ChunkedKeep
 from pintpot.core.errors import BudgetError
@@ -19,7 +20,7 @@ torch.set_num_threads(1)
 class Upper(LayerKeep, ChunkedKeep):
     """Prefers higher layers, and in each the tokens with the longest keys."""
 
-    name = "upper"
+    facts = CAKE.facts
 
     @property
     def recent(self):

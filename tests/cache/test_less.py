@@ -281,9 +281,8 @@ def test_without_a_keep_there_is_nothing_to_be_done():
     model = tiny_model("llama")
     less = fitted(SMALL, model)
     for parts in ({}, {"store": KIVI()}):
-        with pytest.raises(CompositionError, match="nothing is evicted") as caught:
+        with pytest.raises(CompositionError, match="without a technique of the keep part"):
             build_cache(model.config, residue=less, **parts)
-        assert "h2o*less" in caught.value.hint
     for text in (str(less), f"{less}*kivi"):
         with pytest.raises(CompositionError, match="without a technique of the keep part"):
             pintpot.cache(model, text)

@@ -154,6 +154,5 @@ def test_a_text_is_continued_with_most_of_its_cache_on_disk(tmp_path):
 
 
 def test_keeps_that_divide_among_layers_are_refused():
-    with pytest.raises(CompositionError, match="recalls as much") as caught:
+    with pytest.raises(CompositionError, match="even_layers"):
         build_cache(tiny_model("llama").config, store=FEW[0], keep=CAKE())
-    assert "snapkv" in caught.value.hint

@@ -10,9 +10,12 @@ from transformers import DynamicCache
 
 from pintpot.cache import KIVI, build_cache, cache_bytes, use_cache_attention
 from pintpot.cache._base import Keep, LayerSharing, Store
+from pintpot.cache.calibration import Calibrated
 from pintpot.cache.cascade import LayerKeep
 from pintpot.cache.geometry import FULL, has_full_attention, layer_kinds
+from pintpot.cache.recall import RecallStore
 from pintpot.cache.residue import Residue
+from pintpot.core.errors import CompositionError
 from pintpot.core.expression import expression, parse
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.registry import techniques
@@ -120,10 +123,18 @@ def test_every_technique_has_a_part():
 
 
 @pytest.mark.parametrize(("keep", "store"), itertools.product(KEEPS, STORES))
-def test_what_cannot_stand_together_says_so_beforehand(keep, store):
-    uneven_layers = issubclass(keep, LayerKeep) and (store.even_layers or store.shared_tokens == "layers")
-    uneven_heads = keep.has_lanes and not store.by_head()
-    assert bool(conflict(small(keep), small(store))) == (uneven_layers or uneven_heads)
+def test_what_cannot_stand_together_is_refused(keep, store):
+    """Uneven layers and heads spoil what layers or heads share, what is recalled, and what was calibrated."""
+    together = store.shared_tokens or issubclass(store, RecallStore | Calibrated)
+    even_layers = store.shared_tokens == "layers" or issubclass(store, RecallStore)
+    assert ("even_heads" in store.facts.needs) == bool(together)
+    assert ("even_layers" in store.facts.needs) == even_layers
+    assert ("even_heads" in keep.facts.removes) == (keep.lanes is not Keep.lanes)
+    assert ("even_layers" in keep.facts.removes) == issubclass(keep, LayerKeep)
+    pair = {"keep": small(keep), "store": small(store)}
+    if conflict(*pair.values()):
+        with pytest.raises(CompositionError, match="which"):
+            build_cache(tiny_config("llama"), **pair)
 
 
 @pytest.mark.parametrize("name", ATTENTION)

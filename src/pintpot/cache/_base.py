@@ -247,13 +247,16 @@ class CacheTechnique(Technique):
 class Store(CacheTechnique):
     """How tokens are stored.
 
+    What a store cannot do with less is declared by features that it ``needs``: ``even_heads`` where the heads of a
+    layer are stored together, ``even_layers`` where bytes are known beforehand only if all layers hold equally many
+    tokens, ``every_layer`` where a layer is made from the one below. Keeps and sharings say which they remove.
+
     Attributes:
         exact: gives back what it was given, bit for bit.
         needs_inputs: wants the input of the attention beside its keys and values.
         needs_rotary: wants to take the rotation off keys.
         shared_tokens: "" where every head may keep tokens of its own; "heads" where all heads of a layer must hold
             the same tokens, and "layers" where all layers must too.
-        even_layers: its bytes are known beforehand only where all layers hold equally many tokens.
         waiting_layers: layers whose new tokens are dense at once, until a layer above has been given the same.
     """
 
@@ -261,16 +264,7 @@ class Store(CacheTechnique):
     needs_inputs: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     shared_tokens: ClassVar[str] = ""
-    even_layers: ClassVar[bool] = False
     waiting_layers: ClassVar[int] = 0
-
-    @classmethod
-    def by_head(cls) -> bool:
-        """Whether some heads of a layer can be stored without the others.
-
-        What was calibrated is of all heads, and a budget of recalled tokens is of a whole layer.
-        """
-        return not (cls.shared_tokens or cls.needs_inputs or cls.even_layers or hasattr(cls, "calibration"))
 
     def granule(self, place: Place) -> int:
         """Tokens by which a layer's bytes grow: layers that share tokens differ by multiples of so many."""
@@ -344,12 +338,10 @@ class Keep(CacheTechnique):
     Attributes:
         traces: float32 numbers that it notes for every pending token of every head (``trace``).
         needs_rotary: wants to take the rotation off keys or queries.
-        has_lanes: heads of a layer may keep different numbers of tokens (``lanes``).
     """
 
     traces: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False
-    has_lanes: ClassVar[bool] = False
 
     @property
     def observed_queries(self) -> int:

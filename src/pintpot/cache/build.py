@@ -23,8 +23,10 @@ from pintpot.cache.links import Agreement
 from pintpot.cache.residue import Residue
 from pintpot.cache.rotary import rotary_of
 from pintpot.cache.shared import SharedLayer
+from pintpot.core import slots
 from pintpot.core.errors import BudgetError, CompositionError, UnsupportedModel
 from pintpot.core.units import format_bytes
+from pintpot.core.workload import Generate
 
 PIECE_TOKENS = 512
 """The most tokens that a cache of a given size reads at once, where what layers keep must wait for the layers above."""
@@ -154,36 +156,7 @@ def _check(config: PretrainedConfig, parts: Parts) -> None:
             "attention",
             hint="leave it out" + ("" if count else ": a sliding window bounds the cache by itself"),
         )
-    keep, store, layers, residue = parts
-    if residue is not None and keep is None:
-        raise CompositionError(
-            f"{residue.name} makes something of evicted tokens, and nothing is evicted",
-            hint=f"say what is kept: h2o*{residue.name}",
-        )
-    if store is None:
-        return
-    if keep is not None and keep.has_lanes and not store.by_head():
-        raise CompositionError(
-            f"{store.name} stores the heads of a layer together, and {keep.name} keeps more in some than in others",
-            hint="use a store that stores each head by itself (kivi), or a keep for which heads are alike (snapkv)",
-        )
-    if store.even_layers and isinstance(keep, LayerKeep):
-        raise CompositionError(
-            f"{store.name} recalls as much in every layer, and {keep.name} keeps more in some than in others",
-            hint="keep by a share that is the same for all layers: snapkv, lagkv",
-        )
-    if store.shared_tokens != "layers":
-        return
-    if layers is not None:
-        raise CompositionError(
-            f"{store.name} builds a layer from the one below, and {layers.name} leaves some layers without tokens",
-            hint="store each layer by itself: kivi",
-        )
-    if isinstance(keep, LayerKeep):
-        raise CompositionError(
-            f"{store.name} needs the same tokens in all layers, and {keep.name} keeps more in some than in others",
-            hint="keep by a share that is the same for all layers: snapkv, lagkv",
-        )
+    slots.check(parts.named(), Generate.job)
 
 
 def _full_layers(

@@ -142,6 +142,7 @@ class KVSharer(Calibrated, LayerSharing):
 class _Tried(LayerSharing):
     """Owners as they are given, for trying them out."""
 
+    facts = KVSharer.facts
     numbers: tuple[int, ...]
 
     def shared(self, layers: int) -> int:

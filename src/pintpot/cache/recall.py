@@ -43,7 +43,6 @@ class RecallStore(Store):
         in_order: filed tokens stay in the order in which they came.
     """
 
-    even_layers: ClassVar[bool] = True
     in_order: ClassVar[bool] = True
     folder: str = ""
 

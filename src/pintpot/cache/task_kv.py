@@ -61,7 +61,6 @@ class TaskKV(WindowKeep):
 
     # A guess: keeps that do not see the question lose most of the recall, of which a fifth counts.
     risk_at_half: ClassVar[float] = 0.08
-    has_lanes: ClassVar[bool] = True
     kept_fraction: float = 0.25
     kernel_size: int = 7
     recent_tokens: int = 256
