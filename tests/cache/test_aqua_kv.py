@@ -292,7 +292,7 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     store = calibrated(AquaKV(), model)
     with pytest.raises(CompositionError, match="another model"):
         build_cache(tiny_config("qwen3"), store=store)
-    with pytest.raises(CompositionError, match="below"):
+    with pytest.raises(CompositionError, match="every_layer"):
         build_cache(model.config, store=store, layers=KVSharer())
     states = layers(AquaKV(window_tokens=1))
     with pytest.raises(CompositionError, match="other tokens"):

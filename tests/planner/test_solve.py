@@ -10,7 +10,7 @@ from pintpot.core.ledger import Account
 from pintpot.core.units import format_bytes, parse_bytes
 from pintpot.core.workload import Budget, Compress, Finetune
 from pintpot.planner import program
-from pintpot.planner.options import candidates, choices, incomplete
+from pintpot.planner.options import candidates, choices, incomplete, undominated
 from pintpot.planner.problem import excess, limits_of, ordered
 from pintpot.planner.program import RISK_UNIT
 from pintpot.planner.reject import rejections
@@ -284,6 +284,20 @@ def test_every_technique_that_was_not_chosen_has_a_reason():
     assert "not needed" in reasons["spare"]
     plain = rejections(problem(kinds[:1], Budget(device=9999)), ())
     assert plain[0].reason == "not needed: the job fits without it"
+
+
+def test_what_another_of_its_part_beats_whatever_the_budget_is_not_looked_at():
+    kinds = [
+        make("better", [Level(scale={K: 0.5}, risk=0.01), Level(scale={K: 0.2}, risk=0.1)], slot="cache", part="keep"),
+        make("worse", [Level(scale={K: 0.5}, risk=0.03), Level(scale={K: 0.1}, risk=0.2)], slot="cache", part="keep"),
+        make("alone", [Level(scale={K: 0.5}, risk=0.3)], slot="cache", part="store"),
+        make("free", [Level(scale={K: 0.5}, risk=0.05)], slot="cache", part="keep"),
+        make("bound", [Level(scale={K: 0.5}, risk=0.02)], slot="cache", part="keep", removes=("evenness",)),
+    ]
+    left = {str(option) for option in undominated(problem(kinds, Budget(device=1450)))}
+    assert left == {"better", "better(level=1)", "worse(level=1)", "alone"}
+    bound = problem(kinds[3:], Budget(device=1450))
+    assert {str(option) for option in undominated(bound)} == {"free", "bound"}
 
 
 def test_dominated_choices_are_left_out_where_there_are_too_many(monkeypatch):
