@@ -11,9 +11,6 @@ from pintpot.weights._base import WeightMethod
 from pintpot.weights.grid import ENCODE_ELEMENTS
 from pintpot.weights.modules import Target, find_targets
 
-ENCODE_TEMPORARIES = 16
-"""Bytes of float32 blocks and codes for each number of the rows that are encoded together."""
-
 _KEPT: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {}
 
 
@@ -47,7 +44,15 @@ def compression_peak(shape: ModelShape, method: WeightMethod) -> int:
     replaced = {t.parameter for t in targets_of(shape)}
     others = max((p.nbytes for p in shape.parameters if p.name not in replaced), default=0)
     together = min(ENCODE_ELEMENTS, max(t.numel // t.matrices for t in _kinds(targets_of(shape))))
-    return max(largest, others) + ENCODE_TEMPORARIES * together
+    return max(largest, others) + _encode_temporaries(shape.dtype) * together
+
+
+def _encode_temporaries(dtype: torch.dtype) -> int:
+    """Bytes for each number of the rows that are encoded together: the float32 block, codes, groups' extremes.
+
+    A weight of 16 bits is made float32 first, and packing without the compiled kernel has temporaries of its own.
+    """
+    return 8 + (0 if dtype is torch.float32 else 4) + (0 if native.library() is not None else 4)
 
 
 def multiplies_packed(rows: int) -> bool:
