@@ -35,7 +35,7 @@ from torch.nn import functional
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.grid import Grid
+from pintpot.weights.formats import Grid
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))

@@ -1,14 +1,16 @@
 """What every weights technique must do, on every architecture."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pintpot.core.errors import UnsupportedModel
+from pintpot.core.errors import CompositionError, UnsupportedModel
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
@@ -19,6 +21,7 @@ from tests.architectures import TINY, tiny_config, tiny_model
 
 METHODS = sorted(techniques("weights"))
 GENERATE = Generate(batch=2, prompt_tokens=8, new_tokens=2)
+SAFE = {"bits": 8, "group_size": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +45,31 @@ def packed_bytes(model) -> int:
 
 
 def method_of(name: str):
-    """The safest configuration that the planner may choose, in groups that fit tiny models."""
+    """A safe configuration, in groups that fit tiny models."""
     kind = techniques("weights")[name]
-    return kind.build({"bits": 8, "group_size": 32}) if name == "rtn" else kind()
+    known = {field.name for field in fields(kind)}
+    return kind.build({key: value for key, value in SAFE.items() if key in known})
+
+
+def texts_for(method) -> list[torch.Tensor]:
+    """What a tiny model is calibrated on, where the method needs it."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 256, (2, 48), generator=generator) for _ in range(2)] if method.calibrated else []
 
 
 @pytest.mark.parametrize("architecture", sorted(TINY))
 @pytest.mark.parametrize("name", METHODS)
 def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, tmp_path: Path):
     method = method_of(name)
+    texts = texts_for(method)
     model = tiny_model(architecture)
     dense = logits_of(model)
     model.save_pretrained(tmp_path / "dense")
 
-    report = compress_folder(tmp_path / "dense", tmp_path / "packed", method)
+    report = compress_folder(tmp_path / "dense", tmp_path / "packed", method, texts=texts)
     from_folder = logits_of(load_compressed(tmp_path / "packed"))
-    on_the_fly = logits_of(load_and_compress(tmp_path / "dense", method))
-    assert method.quantize_model_(model) == report
+    on_the_fly = logits_of(load_and_compress(tmp_path / "dense", method, texts=texts))
+    assert method.quantize_model_(model, texts) == report
     in_place = logits_of(model)
     model.save_pretrained(tmp_path / "saved")
     auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
@@ -68,8 +79,10 @@ def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, t
     assert torch.equal(on_the_fly, in_place)
     assert torch.equal(logits_of(reloaded), in_place)
     assert not torch.equal(in_place, dense)
-    # Random weights in 8 bits: an error of at most 1/255 of a group's range a weight, over 2 or 3 layers.
-    assert (in_place - dense).abs().max() < 0.05 * dense.abs().max()
+    assert torch.isfinite(in_place).all()
+    if method.bits_a_weight(ModelShape.from_config(tiny_config(architecture))) > 7:
+        # Random weights in 8 bits: an error of at most 1/255 of a group's range a weight, over 2 or 3 layers.
+        assert (in_place - dense).abs().max() < 0.05 * dense.abs().max()
 
 
 @pytest.mark.parametrize("architecture", sorted(TINY))
@@ -83,7 +96,7 @@ def test_predicted_bytes_are_the_measured_ones(name, architecture):
     for method in kinds[:: max(1, len(kinds) // 3)]:
         model = tiny_model(architecture, dtype=torch.bfloat16)
         buffers = sum(b.nbytes for b in model.buffers())
-        report = method.quantize_model_(model)
+        report = method.prepare_skeleton_(model)
         after = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) - buffers
         assert packed_bytes(model) == report.packed_bytes
         assert method.predict(plain, shape, GENERATE).peak_of(Account.WEIGHTS) == after < before
@@ -94,11 +107,12 @@ def test_predicted_bytes_are_the_measured_ones(name, architecture):
 def test_runs_on_shapes_alone_with_the_same_bytes(name, architecture):
     method = method_of(name)
     real = tiny_model(architecture)
-    method.quantize_model_(real)
+    method.quantize_model_(real, texts_for(method))
     shape = ModelShape.from_config(tiny_config(architecture))
     with FakeTensorMode():
         # Encoding is the same for every architecture, so that one with each kind of layer is enough.
-        encode = [method.quantize_model_] if architecture in ("gpt2", "mixtral") else []
+        plain = architecture in ("gpt2", "mixtral") and not (method.calibrated or method.refines or method.examines)
+        encode = [method.quantize_model_] if plain else []
         for prepare in (method.prepare_skeleton_, *encode):
             model = shape.build("cpu")
             prepare(model)
@@ -113,7 +127,8 @@ def test_runs_on_shapes_alone_with_the_same_bytes(name, architecture):
 def test_same_input_same_bytes(name, tmp_path: Path):
     tiny_model("mixtral").save_pretrained(tmp_path / "dense")
     for out in ("one", "two"):
-        compress_folder(tmp_path / "dense", tmp_path / out, method_of(name))
+        method = method_of(name)
+        compress_folder(tmp_path / "dense", tmp_path / out, method, texts=texts_for(method))
     files = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "two").iterdir())
     for file in files:
@@ -122,14 +137,15 @@ def test_same_input_same_bytes(name, tmp_path: Path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_refuses_what_is_compressed_already_and_names_it(name, tmp_path: Path):
-    model = tiny_model("llama")
-    method_of(name).quantize_model_(model)
+    model, method = tiny_model("llama"), method_of(name)
+    texts = texts_for(method)
+    method.quantize_model_(model, texts)
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.self_attn\.q_proj \(CompressedLinear\)"):
-        method_of(name).quantize_model_(model)
+        method.quantize_model_(model, texts)
     model.save_pretrained(tmp_path / "packed")
     for again in (
-        lambda: compress_folder(tmp_path / "packed", tmp_path / "out", method_of(name)),
-        lambda: load_and_compress(tmp_path / "packed", method_of(name)),
+        lambda: compress_folder(tmp_path / "packed", tmp_path / "out", method, texts=texts),
+        lambda: load_and_compress(tmp_path / "packed", method, texts=texts),
     ):
         with pytest.raises(UnsupportedModel, match="compressed already"):
             again()
@@ -137,9 +153,30 @@ def test_refuses_what_is_compressed_already_and_names_it(name, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_says_when_it_needs_texts(name):
+    method = method_of(name)
+    if method.calibrated:
+        with pytest.raises(CompositionError, match="there is none"):
+            method.quantize_model_(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_learn_on_top(name):
+    model, method = tiny_model("llama"), method_of(name)
+    method.quantize_model_(model, texts_for(method))
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    ids = torch.arange(20).view(2, 10) + 3
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for p in tuned.parameters() if p.requires_grad]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_refuses_a_model_without_linear_layers(name):
     with pytest.raises(UnsupportedModel, match="no linear layer"):
-        method_of(name).quantize_model_(torch.nn.Sequential(torch.nn.Embedding(4, 4)))
+        method = method_of(name)
+        method.quantize_model_(torch.nn.Sequential(torch.nn.Embedding(4, 4)), texts_for(method))
 
 
 @pytest.mark.parametrize("name", METHODS)

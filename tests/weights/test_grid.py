@@ -7,8 +7,9 @@ from peft import LoraConfig, get_peft_model
 from pintpot.core.errors import CompositionError, PintpotError, ShapeError
 from pintpot.core.expression import parse
 from pintpot.weights import CompressedLinear, Dense, Grid
-from pintpot.weights.modules import Target, place_
+from pintpot.weights.modules import place_
 from pintpot.weights.rtn import RTN
+from pintpot.weights.targets import Target
 from tests.architectures import tiny_model
 
 

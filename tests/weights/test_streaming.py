@@ -45,7 +45,7 @@ def test_folder_holds_everything_and_no_code(dense: Path, tmp_path: Path):
     assert len([n for n in names if n.endswith(".safetensors")]) > 2
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "pintpot"
-    assert config["quantization_config"]["format_version"] == 1
+    assert config["quantization_config"]["format_version"] == 2
     assert config["dtype"] == "float32"
     assert "pintpot" in (tmp_path / "out" / "README.md").read_text()
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -165,9 +165,9 @@ def test_folders_that_are_not_ours_and_newer_ones(dense: Path, tmp_path: Path):
     compress_folder(dense, tmp_path / "out", METHOD)
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 99
     file.write_text(json.dumps(config))
-    with pytest.raises(ModelFolderError, match="this version reads 1"):
+    with pytest.raises(ModelFolderError, match="reads up to pintpot 2"):
         load_compressed(tmp_path / "out")
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -140,17 +142,19 @@ class ModelShape:
         """An untrained model of this shape on a device (``meta`` holds no bytes), in evaluation mode.
 
         Raises:
-            UnsupportedModel: when it is neither a causal nor an encoder-decoder language model.
+            UnsupportedModel: when transformers has no class for it.
         """
-        kind: Any = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
+        kind: Any = model_class(self.config)
+        make = getattr(kind, "from_config", None) or kind._from_config
         try:
             with torch.device(device):
                 # A copy, because transformers writes the dtype into the configuration that it is given.
-                model: PreTrainedModel = kind.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+                model: PreTrainedModel = make(copy.deepcopy(self.config), dtype=self.dtype)
         except ValueError as error:
             raise UnsupportedModel(
-                f"{type(self.config).__name__} is not a language model that Pintpot can run",
-                hint="causal and encoder-decoder language models of transformers are supported",
+                f"{type(self.config).__name__} is not a model that Pintpot can run",
+                hint="causal and encoder-decoder language models of transformers are supported, and any model whose "
+                "configuration names its class in `architectures`",
             ) from error
         model.eval()
         return model
@@ -207,6 +211,19 @@ def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return "linear"
     return "other"
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """What builds and loads a model: the class that the configuration names, or that of its language models.
+
+    Encoders (for embeddings, images) are only known by name. Language models are taken from transformers' own tables,
+    which also hold the architectures that we register.
+    """
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    encodes = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", None) is False
+    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    return named if encodes and named is not None else AutoModelForCausalLM
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pintpot.core.shape import ModelShape
-from pintpot.weights import PintpotConfig, WeightMethod
+from pintpot.weights import PintpotConfig
 from pintpot.weights.quantizer import QUANT_METHOD
 
 
@@ -19,16 +19,16 @@ class PackedShape(ModelShape):
     """A model as shapes, with packed weights.
 
     Attributes:
-        method: how the weights were packed; ``None`` means that they were not.
+        packing: how the weights were packed; ``None`` means that they were not.
     """
 
-    method: WeightMethod | None = None
+    packing: PintpotConfig | None = None
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """An untrained model of this shape with empty packed weights."""
         model = super().build(device)
-        if self.method is not None:
-            self.method.prepare_skeleton_(model)
+        if self.packing is not None:
+            self.packing.prepare_skeleton_(model)
         return model
 
 
@@ -48,7 +48,7 @@ def shape_of_folder(folder: Path, dtype: torch.dtype | None = None) -> ModelShap
     if settings.get("quant_method") != QUANT_METHOD:
         return shape
     own = ModelShape.from_folder(folder)
-    return PackedShape(own.config, own.dtype, own.name, PintpotConfig(**settings).method())
+    return PackedShape(own.config, own.dtype, own.name, PintpotConfig(**settings))
 
 
 def with_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:

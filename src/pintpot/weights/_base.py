@@ -1,48 +1,40 @@
 """The algebra of the weights wing: a weight is a sum of terms, and a method finds the terms.
 
-Shapes: O out-features, I in-features, G group size. A weight is (O, I), as in ``nn.Linear``.
+Shapes: O out-features, I in-features, E matrices of a stack. A weight is (O, I), as in ``nn.Linear``.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pintpot.core.errors import CompositionError
+from pintpot.core.ledger import Ledger
+from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
+from pintpot.core.work import Work
+from pintpot.core.workload import Workload
+from pintpot.weights.formats import Format, Tensors
+from pintpot.weights.statistics import BlockCall, InputStatistics
 
-Tensors = dict[str, Tensor]
-"""The stored tensors of one term, by their names in the format."""
+if TYPE_CHECKING:
+    from pintpot.weights.targets import Target
 
+Layout = Mapping[str, tuple[Format, ...]]
+"""The formats of the terms of each parameter that is replaced, by its name; the others stay dense."""
 
-class Format(Protocol):
-    """How one term of a weight is stored and multiplied. Holds no tensors itself, only the layout."""
+Evidence = Mapping[str, Mapping[str, Tensor]]
+"""What a method found in each parameter before it laid them out, by the parameter's name and a name of its own."""
 
-    def storage(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each stored tensor for a weight (O, I)."""
-
-    def nbytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of all stored tensors, exactly."""
-
-    def encode(self, weight: Tensor) -> Tensors:
-        """The stored tensors that stand for ``weight`` (O, I); reads it a block of rows at a time."""
-
-    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """The numbers (O, I) that stored tensors stand for, in ``dtype``."""
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``input`` (..., I) times the transposed weight: (..., O), differentiable in ``input``."""
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Bytes of temporaries that ``matmul`` needs beside its output."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
+Texts = Sequence[Tensor | Mapping[str, Tensor]]
+"""What a model is run on to calibrate: batches of token ids int64 (B, T) without padding, or of any inputs by name."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +58,63 @@ class CompressionReport:
 class WeightMethod(Technique):
     """A technique that replaces weight matrices by sums of terms.
 
+    A method gives the formats (``terms``, or ``layout`` where they differ from one parameter to the next) and the
+    numbers in them (``find``). What it must know of a model's activations it declares, and is given.
+
     Compression in place is not undone: the dense weights are gone (load the dense folder again, or call
     ``model.dequantize()`` for ordinary layers that hold the rounded weights).
     """
 
+    calibrated: ClassVar[bool] = False
+    """Whether ``find`` needs the statistics of inputs, and so texts."""
+
+    examines: ClassVar[bool] = False
+    """Whether ``layout`` needs evidence, which a pass over the model with ``examine`` gathers before."""
+
+    refines: ClassVar[bool] = False
+    """Whether ``refine_block_`` changes a block after its weights were replaced."""
+
     @abstractmethod
     def terms(self, name: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Format, ...]:
-        """The formats of the terms of one weight, from its name, shape and dtype alone."""
+        """The formats of the terms of one weight, from its name, shape and dtype alone.
 
-    def find(self, name: str, weight: Tensor, formats: tuple[Format, ...]) -> tuple[Tensors, ...]:
+        Raises:
+            ShapeError: when a weight of this shape cannot be held so.
+        """
+
+    def layout(self, targets: Sequence[Target], evidence: Evidence | None = None) -> Layout:
+        """The formats of every parameter; those of ``terms`` unless overridden.
+
+        Args:
+            targets: the parameters that can be replaced.
+            evidence: what ``examine`` found; None where only shapes are known, and a layout of the same bytes is
+                wanted for prediction.
+        """
+        return {t.parameter: self.terms(t.parameter, t.shape[-2], t.shape[-1], t.dtype) for t in targets}
+
+    def examine(self, name: str, weight: Tensor, inputs: InputStatistics | None) -> dict[str, Tensor]:
+        """What ``layout`` must know of one weight (O, I); small tensors by names of the method's own.
+
+        Args:
+            name: the parameter's.
+            weight: its numbers; of a stack, one matrix after the other along O.
+            inputs: where the method is calibrated; of a stack, those of its first matrix that met any.
+        """
+        return {}
+
+    def find(
+        self, name: str, weight: Tensor, formats: tuple[Format, ...], inputs: InputStatistics | None = None
+    ) -> tuple[Tensors, ...]:
         """The stored tensors of the terms of ``weight`` (O, I).
 
         Each term encodes what the terms before it left over; methods with another objective override this.
+
+        Args:
+            name: the parameter's.
+            weight: its numbers.
+            formats: of its terms, as the layout says; they may differ from ``terms``.
+            inputs: of the layer, where the method is calibrated. None for a method that is not, and for experts that
+                met no token.
         """
         found: list[Tensors] = []
         rest = weight
@@ -87,25 +124,42 @@ class WeightMethod(Technique):
                 rest = rest - layout.decode(found[-1], rest.shape[-1], rest.dtype)
         return tuple(found)
 
-    def quantize_model_(self, model: PreTrainedModel) -> CompressionReport:
+    def refine_block_(self, block: nn.Module, calls: Sequence[BlockCall], outputs: Sequence[Tensor]) -> None:
+        """Change what a block holds so that its outputs come nearer to the dense block's.
+
+        Args:
+            block: with packed weights.
+            calls: how the model calls it, once for each batch of texts.
+            outputs: hidden states that the dense block gave for these calls.
+        """
+
+    def quantize_model_(self, model: PreTrainedModel, texts: Texts = ()) -> CompressionReport:
         """Replace the weights of a model in place, one matrix at a time.
 
-        Works on fake and meta tensors too (then only shapes are computed). Marks the model so that
-        ``save_pretrained`` writes a folder that ``from_pretrained`` loads.
+        Works on fake and meta tensors too where no texts are needed (then only shapes are computed). Marks the model
+        so that ``save_pretrained`` writes a folder that ``from_pretrained`` loads.
+
+        Args:
+            model: dense.
+            texts: what to calibrate on, where the method is calibrated or examines activations.
 
         Raises:
             UnsupportedModel: naming every module that cannot be compressed.
             ModelFolderError: naming the first parameter that holds NaN or Inf.
+            CompositionError: when texts are needed and there are none.
         """
         # Imported here because both modules build on this one.
-        from pintpot.weights.modules import compress_
         from pintpot.weights.quantizer import mark_
+        from pintpot.weights.replace import compress_
 
-        report = compress_(model, self)
-        mark_(model, self)
+        self.require_texts(texts)
+        report, layout = compress_(model, self, texts)
+        mark_(model, self, layout)
         return report
 
-    def prepare_skeleton_(self, model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> CompressionReport:
+    def prepare_skeleton_(
+        self, model: PreTrainedModel, *, dtype: torch.dtype | None = None, layout: Layout | None = None
+    ) -> CompressionReport:
         """Replace the weights of a model by empty packed storage on the weights' own device.
 
         For meta and fake models (prediction), and for models whose storage is loaded afterwards.
@@ -113,10 +167,70 @@ class WeightMethod(Technique):
         Args:
             model: the dense skeleton.
             dtype: of the weights when they were compressed, where the skeleton has another.
+            layout: the formats, where they are known; otherwise those that shapes alone tell.
 
         Raises:
             UnsupportedModel: naming every module that cannot be compressed.
         """
-        from pintpot.weights.modules import compress_
+        from pintpot.weights.replace import empty_
 
-        return compress_(model, self, empty=True, dtype=dtype)
+        return empty_(model, self, layout, dtype)
+
+    def require_texts(self, texts: Texts) -> None:
+        """Refuse to go on without texts where the method needs them.
+
+        Raises:
+            CompositionError: saying how to give some.
+        """
+        if self.calibrated and not texts:
+            raise CompositionError(
+                f"{self.name} looks at what the layers are given when the model reads text, and there is none",
+                hint="give texts: with --data on the command line, or texts=[token ids] in Python",
+            )
+
+    def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
+        """Packed instead of dense matrices, the product's workspace, and the peak of applying it."""
+        from pintpot.weights.forecast import packed_ledger
+
+        return packed_ledger(self, ledger, shape, workload)
+
+    def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
+        """Packed bytes are read instead of dense ones; for products of many rows they are made dense part by part."""
+        from pintpot.weights.forecast import packed_work
+
+        return packed_work(self, work, shape, workload)
+
+    def bits_a_weight(self, shape: ModelShape) -> float:
+        """Stored bits for each number that is replaced, scales and all."""
+        from pintpot.weights.forecast import stored_bits
+
+        return stored_bits(self, shape)
+
+    @classmethod
+    def options(cls, shape: ModelShape, workload: Workload) -> Iterable[Technique]:
+        """The configurations that the planner may choose from, from the safest to the smallest."""
+        yield cls()
+
+
+def describe(layout: Layout) -> dict[str, Any]:
+    """A layout in JSON: every tuple of formats once, and its number for each parameter."""
+    kinds = list(dict.fromkeys(layout.values()))
+    return {
+        "formats": [[layout_.to_dict() for layout_ in formats] for formats in kinds],
+        "layout": {name: kinds.index(formats) for name, formats in layout.items()},
+    }
+
+
+def risk_between(measured: Sequence[tuple[float, float]], bits: float) -> float:
+    """The relative rise of perplexity at so many bits a weight, between measured ones.
+
+    Args:
+        measured: bits a weight, falling, and the rise at each. Between two of them, and beyond the last, the rise's
+            logarithm is taken to be linear.
+        bits: stored for each weight, scales and all.
+    """
+    last = len(measured) - 2
+    index = next((i for i in range(last) if bits >= measured[i + 1][0]), last)
+    (more, low), (fewer, high) = measured[index], measured[index + 1]
+    slope = (math.log(high) - math.log(low)) / (more - fewer)
+    return math.exp(math.log(low) + slope * (more - bits))

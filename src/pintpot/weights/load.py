@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pintpot.core.errors import ModelFolderError, PintpotError, UnsupportedModel
 from pintpot.core.model_folder import ModelFolder, check_finite, open_model
-from pintpot.weights._base import WeightMethod
+from pintpot.core.shape import model_class
+from pintpot.weights._base import Texts, WeightMethod
 from pintpot.weights.quantizer import FAILURES, QUANT_METHOD, PintpotConfig
 
 
@@ -32,20 +33,29 @@ def load_compressed(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     return _load(opened, dtype, None)
 
 
-def load_and_compress(folder: str | Path, method: WeightMethod, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a dense folder and compress each parameter as it arrives; the dense model is never in memory.
+def load_and_compress(
+    folder: str | Path, method: WeightMethod, *, dtype: torch.dtype | None = None, texts: Texts = ()
+) -> PreTrainedModel:
+    """Load a dense folder and compress each parameter (or block) as it arrives; the dense model is never in memory.
 
     Args:
         folder: the dense folder.
         method: how to compress.
         dtype: of the dense parameters and of computing; the folder's own by default.
+        texts: what the model reads, where the method is calibrated.
 
     Raises:
+        CompositionError: when texts are needed and there are none.
         ModelFolderError: when the folder is damaged or incomplete, or a parameter holds NaN or Inf.
         UnsupportedModel: when the model is compressed already, or has layers that cannot be compressed.
     """
     opened = open_model(folder)
     refuse_compressed(opened)
+    if method.calibrated or method.examines or method.refines:
+        # Imported here because that module writes folders too, which this one only reads.
+        from pintpot.weights.folder_blocks import load_calibrated
+
+        return load_calibrated(opened, method, texts, dtype)
     return _load(opened, dtype, PintpotConfig.of(method))
 
 
@@ -63,7 +73,7 @@ def refuse_compressed(opened: ModelFolder) -> None:
 
 
 def _load(opened: ModelFolder, dtype: torch.dtype | None, config: PintpotConfig | None) -> PreTrainedModel:
-    kind: Any = AutoModelForSeq2SeqLM if opened.config.is_encoder_decoder else AutoModelForCausalLM
+    kind: Any = model_class(opened.config)
     extra = {} if config is None else {"quantization_config": config}
     failures: list[PintpotError] = []
     token = FAILURES.set(failures)

@@ -7,19 +7,13 @@ names are the names in checkpoints and do not change.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
-from transformers import PreTrainedModel
-from transformers.integrations.moe import _default_apply_gate
-from transformers.pytorch_utils import Conv1D
 
-from pintpot.core.errors import UnsupportedModel
-from pintpot.core.model_folder import check_finite
-from pintpot.core.shape import block_names
-from pintpot.weights._base import CompressionReport, Format, Tensors, WeightMethod
+from pintpot.weights.formats import Format, Tensors
+from pintpot.weights.targets import Target
 
 
 class _WritableWeight(Tensor):
@@ -172,138 +166,6 @@ class CompressedExperts(nn.Module):
         return counts
 
 
-@dataclass(frozen=True)
-class Target:
-    """One dense parameter that a method replaces.
-
-    Attributes:
-        parameter: its name in the dense model.
-        module: the module that is replaced.
-        holder: the module that holds the packed terms afterwards.
-        shape: (O, I), or (E, O, I) for experts.
-        transposed: the dense parameter is stored as (I, O).
-        dtype: of the dense parameter when it is compressed, which settles the formats.
-    """
-
-    parameter: str
-    module: str
-    holder: str
-    shape: tuple[int, ...]
-    transposed: bool
-    dtype: torch.dtype
-
-    @property
-    def matrices(self) -> int:
-        """Number of matrices in the parameter."""
-        return self.shape[0] if len(self.shape) == 3 else 1
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
-
-    def formats(self, method: WeightMethod) -> tuple[Format, ...]:
-        """The formats of the terms of one matrix."""
-        return method.terms(self.parameter, self.shape[-2], self.shape[-1], self.dtype)
-
-    def encode(self, method: WeightMethod, weight: Tensor) -> tuple[tuple[Format, ...], tuple[Tensors, ...]]:
-        """Formats and stored tensors for the dense parameter's numbers.
-
-        Raises:
-            ModelFolderError: when the parameter holds NaN or Inf.
-        """
-        rows = (weight.t() if self.transposed else weight).reshape(-1, self.shape[-1])
-        if not (weight.is_meta or isinstance(weight, FakeTensor)):
-            check_finite(self.parameter, rows)
-        formats = self.formats(method)
-        return formats, self._stack(method.find(self.parameter, rows, formats))
-
-    def empty(self, method: WeightMethod, like: Tensor) -> tuple[tuple[Format, ...], tuple[Tensors, ...]]:
-        """Formats and stored tensors with nothing in them, on the device of ``like``."""
-        formats = self.formats(method)
-        rows = self.shape[-2] * self.matrices
-        terms = tuple(
-            {
-                name: like.new_empty(shape, dtype=dtype)
-                for name, (shape, dtype) in f.storage(rows, self.shape[-1]).items()
-            }
-            for f in formats
-        )
-        return formats, self._stack(terms)
-
-    def _stack(self, terms: tuple[Tensors, ...]) -> tuple[Tensors, ...]:
-        if len(self.shape) == 2:
-            return terms
-        return tuple({name: t.unflatten(0, self.shape[:2]) for name, t in tensors.items()} for tensors in terms)
-
-    def nbytes(self, method: WeightMethod) -> int:
-        """Bytes of the packed terms, exactly."""
-        formats = self.formats(method)
-        return self.matrices * sum(layout.nbytes(self.shape[-2], self.shape[-1]) for layout in formats)
-
-
-def find_targets(
-    model: nn.Module, dtype: torch.dtype | None = None
-) -> tuple[tuple[Target, ...], tuple[tuple[str, str], ...]]:
-    """The matrices inside the blocks that can be replaced, and those that cannot, with the reason.
-
-    Args:
-        model: a dense model, on any device.
-        dtype: of the weights that are or were compressed, where it is not the model's.
-
-    Raises:
-        UnsupportedModel: when there are none, or naming every linear layer of a kind that is not plain.
-    """
-    prefixes = tuple(f"{name}." for name in block_names(model))
-    targets: list[Target] = []
-    dense: list[tuple[str, str]] = []
-    refused: list[str] = []
-    for name, module in model.named_modules():
-        if not name.startswith(prefixes):
-            continue
-        if type(module) is nn.Linear or type(module) is Conv1D:
-            weight, transposed = module.weight, type(module) is Conv1D
-            shape = tuple(weight.shape[::-1] if transposed else weight.shape)
-            targets.append(Target(f"{name}.weight", name, name, shape, transposed, dtype or weight.dtype))
-        elif isinstance(module, nn.Linear | Conv1D):
-            refused.append(f"{name} ({type(module).__name__})")
-        elif _is_plain_experts(module):
-            for own, held in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-                weight = getattr(module, own)
-                shape = tuple(weight.shape)
-                targets.append(Target(f"{name}.{own}", name, f"{name}.{held}", shape, False, dtype or weight.dtype))
-        else:
-            kind = type(module).__name__
-            dense += [(f"{name}.{n}", f"{kind} is not a linear layer") for n, p in _matrices(module)]
-    if refused or not targets:
-        cause = (
-            f"cannot compress {', '.join(refused)}" if refused else "there is no linear layer in a block to compress"
-        )
-        raise UnsupportedModel(
-            f"{type(model).__name__}: {cause}",
-            hint="compress a plain transformers model: not yet compressed, and without adapters",
-        )
-    return tuple(targets), tuple(dense)
-
-
-def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() >= 2)
-
-
-def _is_plain_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts in the layout that ``CompressedExperts`` computes."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    plain = names == {"gate_up_proj", "down_proj"} and getattr(module, "_apply_gate", None) is not None
-    if not plain or getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        return False
-    odd = ("is_transposed", "has_bias", "has_post_expert_norm")
-    return (
-        getattr(module, "has_gate", False)
-        and getattr(module, "is_concatenated", False)
-        and not any(getattr(module, flag, True) for flag in odd)
-    )
-
-
 def place_(model: nn.Module, target: Target, formats: tuple[Format, ...], terms: tuple[Tensors, ...]) -> None:
     """Put packed terms in the place of a dense parameter; the dense parameter is dropped."""
     old = model.get_submodule(target.module)
@@ -327,30 +189,3 @@ def place_(model: nn.Module, target: Target, formats: tuple[Format, ...], terms:
         model.set_submodule(target.module, new)
     if target.holder != target.module:
         model.get_submodule(target.holder).hold(formats, terms)  # type: ignore[operator]
-
-
-@torch.no_grad()
-def compress_(
-    model: PreTrainedModel, method: WeightMethod, *, empty: bool = False, dtype: torch.dtype | None = None
-) -> CompressionReport:
-    """Replace the weights of a model by packed terms (with nothing in them if ``empty``), one at a time."""
-    targets, dense = find_targets(model, dtype)
-    weights = {t.parameter: model.get_parameter(t.parameter) for t in targets}
-    for target in targets:
-        weight = weights.pop(target.parameter)
-        formats, terms = target.empty(method, weight) if empty else target.encode(method, weight.detach())
-        del weight
-        place_(model, target, formats, terms)
-    return report_of(method, targets, dense)
-
-
-def report_of(
-    method: WeightMethod, targets: tuple[Target, ...], dense: tuple[tuple[str, str], ...]
-) -> CompressionReport:
-    """The report of replacing these targets."""
-    return CompressionReport(
-        compressed=tuple(t.parameter for t in targets),
-        left_dense=dense,
-        dense_bytes=sum(t.numel * t.dtype.itemsize for t in targets),
-        packed_bytes=sum(t.nbytes(method) for t in targets),
-    )

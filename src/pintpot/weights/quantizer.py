@@ -18,13 +18,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pintpot.core import registry
-from pintpot.core.errors import ModelFolderError, PintpotError, UnsupportedModel
-from pintpot.weights._base import WeightMethod
-from pintpot.weights.modules import Target, find_targets, place_
+from pintpot.core.errors import CompositionError, ModelFolderError, PintpotError, UnsupportedModel
+from pintpot.weights._base import Layout, WeightMethod, describe
+from pintpot.weights.formats import format_from_dict
+from pintpot.weights.modules import place_
+from pintpot.weights.targets import Target, find_targets
 from pintpot.weights.undo import dequantize_
 
 QUANT_METHOD = "pintpot"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Versions of the layout on disk that are read. The first has no formats: they follow from the technique."""
 
 FAILURES: ContextVar[list[PintpotError] | None] = ContextVar("FAILURES", default=None)
 """What went wrong while compressing on the fly: transformers reports such errors without their text."""
@@ -40,6 +44,8 @@ class PintpotConfig(QuantizationConfigMixin):
         weight_dtype: of the weights when they were compressed; settles the formats. None while not compressed yet.
         format_version: of the layout on disk.
         quant_method: always ``"pintpot"``.
+        formats: the formats that occur, as ``Format.to_dict`` describes them, in tuples of the terms of one weight.
+        layout: the number of the tuple of each parameter that is replaced. Both None where the technique tells.
 
     Raises:
         ModelFolderError: for a layout written by a newer version.
@@ -53,10 +59,13 @@ class PintpotConfig(QuantizationConfigMixin):
         weight_dtype: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        formats: list[list[dict[str, Any]]] | None = None,
+        layout: dict[str, int] | None = None,
     ) -> None:
-        if quant_method != QUANT_METHOD or format_version != FORMAT_VERSION:
+        if quant_method != QUANT_METHOD or format_version not in READABLE:
             raise ModelFolderError(
-                f"the compressed format is {quant_method} {format_version}, and this version reads {FORMAT_VERSION}",
+                f"the compressed format is {quant_method} {format_version}, and this version reads up to "
+                f"{QUANT_METHOD} {FORMAT_VERSION}",
                 hint="update pintpot, or compress the model again",
             )
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -64,13 +73,16 @@ class PintpotConfig(QuantizationConfigMixin):
         self.technique = technique
         self.parameters = dict(parameters or {})
         self.weight_dtype = weight_dtype
+        self.formats, self.layout = formats, layout
         self.method()
 
     @classmethod
-    def of(cls, method: WeightMethod, weight_dtype: torch.dtype | None = None) -> PintpotConfig:
-        """The configuration of a method, with all its hyperparameters written out."""
+    def of(
+        cls, method: WeightMethod, weight_dtype: torch.dtype | None = None, layout: Layout | None = None
+    ) -> PintpotConfig:
+        """The configuration of a method, with all its hyperparameters and the formats written out."""
         name = None if weight_dtype is None else str(weight_dtype).removeprefix("torch.")
-        return cls(method.name, asdict(method), name)
+        return cls(method.name, asdict(method), name, **({} if layout is None else describe(layout)))
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to ``config.json``."""
@@ -80,7 +92,29 @@ class PintpotConfig(QuantizationConfigMixin):
             "technique": self.technique,
             "parameters": dict(self.parameters),
             "weight_dtype": self.weight_dtype,
+            **({} if self.layout is None else {"formats": self.formats, "layout": self.layout}),
         }
+
+    def read_layout(self) -> Layout | None:
+        """The formats of every parameter, where they are written down.
+
+        Raises:
+            ModelFolderError: when they cannot be read.
+        """
+        if self.formats is None or self.layout is None:
+            return None
+        kinds = [tuple(format_from_dict(data) for data in formats) for formats in self.formats]
+        try:
+            return {name: kinds[index] for name, index in self.layout.items()}
+        except IndexError as error:
+            raise ModelFolderError(
+                "the quantization configuration names formats that it does not describe",
+                hint="config.json was edited or cut off: compress the model again",
+            ) from error
+
+    def prepare_skeleton_(self, model: PreTrainedModel) -> None:
+        """Replace the weights of a dense skeleton by empty storage of the recorded formats."""
+        self.method().prepare_skeleton_(model, dtype=self.dtype, layout=self.read_layout())
 
     def method(self) -> WeightMethod:
         """The method that the configuration names."""
@@ -118,8 +152,9 @@ class _Encode(ConversionOps):
             target = self.quantizer.targets[name]
             weight = value[0] if isinstance(value, list) else value
             del value
+            formats = self.quantizer.layout[name]
             try:
-                place_(model, target, *target.encode(self.quantizer.method, weight))
+                place_(model, target, formats, target.encode(self.quantizer.method, formats, weight))
             except PintpotError as error:
                 failures = FAILURES.get()
                 if failures is not None:
@@ -140,14 +175,22 @@ class PintpotQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.method = quantization_config.method()
         self.targets: dict[str, Target] = {}
+        self.layout: Layout = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
-            self.method.prepare_skeleton_(model, dtype=self.quantization_config.dtype)
-        else:
-            self.targets = {target.parameter: target for target in find_targets(model)[0]}
-            dtype = next(iter(self.targets.values())).dtype
-            self.quantization_config.weight_dtype = str(dtype).removeprefix("torch.")
+            self.quantization_config.prepare_skeleton_(model)
+            return model
+        if self.method.calibrated or self.method.examines or self.method.refines:
+            raise CompositionError(
+                f"{self.method.name} looks at the whole model before it compresses, not at one parameter as it arrives",
+                hint="use pintpot.weights.load_and_compress(folder, method, texts=...), or compress the folder first",
+            )
+        targets = find_targets(model)[0]
+        self.layout = self.method.layout(targets)
+        self.targets = {t.parameter: t for t in targets if t.parameter in self.layout}
+        own = PintpotConfig.of(self.method, targets[0].dtype, self.layout)
+        self.quantization_config.__dict__.update(own.__dict__)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -171,9 +214,9 @@ class PintpotQuantizer(HfQuantizer):
         return dequantize_(model, dtype)
 
 
-def mark_(model: PreTrainedModel, method: WeightMethod) -> None:
+def mark_(model: PreTrainedModel, method: WeightMethod, layout: Layout) -> None:
     """Record on a model how it was compressed, so that ``save_pretrained`` writes it down."""
-    config = PintpotConfig.of(method, model.dtype)
+    config = PintpotConfig.of(method, model.dtype, layout)
     quantizer = PintpotQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from pintpot.core.errors import CompositionError
-from pintpot.core.ledger import Account, Ledger, Moment, Tier
+from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
-from pintpot.core.work import Work
-from pintpot.core.workload import Generate, Train, Workload
-from pintpot.weights._base import Format, WeightMethod
-from pintpot.weights.forecast import compression_peak, extra_reads, multiplies_packed, packed_change
-from pintpot.weights.grid import Grid
+from pintpot.core.workload import Workload
+from pintpot.weights._base import WeightMethod
+from pintpot.weights.formats import Format, Grid
 
 RISK = {8: 0.0002, 7: 0.0003, 6: 0.0025, 5: 0.0092, 4: 0.029, 3: 0.20, 2: 4.1}
 """Relative rise of perplexity by bits at groups of 64, fitted to `results/weights.csv` (the embedded model; 7 and 8
@@ -36,9 +34,6 @@ GROUP_GROWTH = 1.39
 """Factor on it for each doubling of the group, from the same fit."""
 SYMMETRIC_FACTOR = 1.96
 """Factor on it without zeros, measured at 4 bits in groups of 32."""
-
-MULTIPLYING = ("prefill", "decode", "forward", "backward")
-"""Phases in which packed weights are multiplied."""
 
 
 @technique(
@@ -88,38 +83,6 @@ class RTN(WeightMethod):
         """One grid. Scales are bfloat16 for bfloat16 weights (products then use them exactly), else float16."""
         scale = "bfloat16" if dtype is torch.bfloat16 else "float16"
         return (Grid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=scale),)
-
-    def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
-        """Packed instead of dense matrices, the product's workspace, and the peak of applying it.
-
-        Compressing a folder is one phase, ``apply``, with temporaries only and the output on disk.
-        """
-        change, workspace = packed_change(shape, self)
-        loading = compression_peak(shape, self)
-        if workload.job == "compress":
-            apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, loading)
-            return Ledger("predicted", (apply.with_bytes(Account.CHECKPOINT, shape.weight_bytes + change, Tier.DISK),))
-        extra = {"load": loading, "apply": loading} | dict.fromkeys(MULTIPLYING, workspace)
-        if isinstance(workload, Generate) and multiplies_packed(workload.batch):
-            extra["decode"] = 0
-
-        def edit(moment: Moment) -> Moment:
-            more = moment.of(Account.WORKSPACE) + extra.get(moment.phase, 0)
-            return moment.with_bytes(Account.WEIGHTS, moment.of(Account.WEIGHTS) + change).with_bytes(
-                Account.WORKSPACE, more
-            )
-
-        return ledger.edit(edit)
-
-    def work(self, work: Work, shape: ModelShape, workload: Workload) -> Work:
-        """Packed bytes are read instead of dense ones; for products of many rows they are made dense part by part."""
-        if isinstance(workload, Generate):
-            prompt = extra_reads(shape, self, workload.batch * workload.prompt_tokens)
-            token = extra_reads(shape, self, workload.batch)
-            return work.plus("prefill", read_bytes=prompt).plus("decode", read_bytes=token)
-        if isinstance(workload, Train):
-            return work.plus("step", read_bytes=2 * extra_reads(shape, self, workload.batch * workload.tokens))
-        return work
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From the fit; large models lose less than the small one that it was made on."""

@@ -1,8 +1,8 @@
-"""Compressing a model folder in the memory of one parameter, shard by shard, resumable after a kill.
+"""Compressing a model folder in the memory of one parameter (or one block), shard by shard, resumable after a kill.
 
-Everything about the output is known from shapes before the first number is read: names, sizes and shards. A shard is
-written in order, under a temporary name, and recorded with its checksum when it is complete; a second run keeps the
-shards whose checksums still hold and goes on with the next.
+Everything about the output is known before the first number is written: names, sizes and shards, from shapes or from
+what a method examined. A shard is written in order, under a temporary name, and recorded with its checksum when it is
+complete; a second run keeps the shards whose checksums still hold and goes on with the next.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial as partial_
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from pintpot.core.errors import OutputExists
 from pintpot.core.files import new_folder, refuse_existing, require_disk, write_atomic
 from pintpot.core.model_folder import INDEX, ModelFolder, open_model
 from pintpot.core.parameter_map import Origin, map_parameters
-from pintpot.weights._base import CompressionReport, WeightMethod
+from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod, describe
+from pintpot.weights.folder_blocks import calibrated_blocks, examine_folder
+from pintpot.weights.formats import Tensors
 from pintpot.weights.load import refuse_compressed
-from pintpot.weights.modules import Target, find_targets, report_of
 from pintpot.weights.quantizer import PintpotConfig
+from pintpot.weights.replace import report_of
 from pintpot.weights.shards import Shard, TensorPlan, file_digest, plan_shards, write_shard
+from pintpot.weights.targets import Target, find_targets
 
 SHARD_BYTES = 512 << 20
 """Most bytes in an output shard, unless one parameter alone is larger."""
@@ -49,14 +54,18 @@ class CompressionPlan:
     Attributes:
         source: the checked source folder.
         method: how it is compressed.
-        targets: the parameters that are replaced, by name.
+        layout: the formats of every parameter that is replaced.
+        targets: these parameters, by name.
+        origins: where each parameter of the model comes from.
         shards: the output files in order.
         report: what is compressed and what stays dense.
     """
 
     source: ModelFolder
     method: WeightMethod
+    layout: Layout
     targets: dict[str, Target]
+    origins: tuple[Origin, ...]
     shards: tuple[Shard, ...]
     report: CompressionReport
 
@@ -69,41 +78,66 @@ class CompressionPlan:
         """Identifies source files, method and layout, so that only the same run is resumed."""
         files = sorted({entry.file for entry in self.source.entries.values()})
         stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        data = [__version__, self.method.name, asdict(self.method), stamps, [s.name for s in self.shards]]
+        shards = [s.name for s in self.shards]
+        data = [__version__, self.method.name, asdict(self.method), describe(self.layout), stamps, shards]
         return hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
 
 
-def plan_compression(source: str | Path, method: WeightMethod, *, shard_bytes: int = SHARD_BYTES) -> CompressionPlan:
-    """Check a folder and lay out what compressing it will write; reads only headers.
+def plan_compression(
+    source: str | Path,
+    method: WeightMethod,
+    *,
+    layout: Layout | None = None,
+    texts: Texts = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> CompressionPlan:
+    """Check a folder and lay out what compressing it will write; reads only headers unless the method examines.
+
+    Args:
+        source: a dense model folder.
+        method: how to compress.
+        layout: the formats, instead of the method's own.
+        texts: what the model reads, where the method examines what its layers are given.
+        shard_bytes: most bytes in an output file.
 
     Raises:
         ModelFolderError: when the folder is damaged, incomplete or unsafe.
         UnsupportedModel: when the model is compressed already, or has layers that cannot be compressed.
+        ShapeError: when a format cannot hold a weight of its shape.
     """
     opened = open_model(source, match=False)
     refuse_compressed(opened)
     model = opened.shape().build("meta")
     origins = map_parameters(opened, model)
     found, dense = find_targets(model)
-    targets = {target.parameter: target for target in found}
+    if layout is None:
+        layout = method.layout(
+            found, examine_folder(opened, origins, method, found, texts) if method.examines else None
+        )
+    targets = {target.parameter: target for target in found if target.parameter in layout}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    steps = [(origin, _planned(origin, targets, shapes, method)) for origin in origins]
-    return CompressionPlan(opened, method, targets, plan_shards(steps, shard_bytes), report_of(method, found, dense))
+    steps = [(origin, _planned(origin, targets, shapes, layout)) for origin in origins]
+    shards = plan_shards(steps, shard_bytes)
+    return CompressionPlan(opened, method, layout, targets, origins, shards, report_of(layout, found, dense))
 
 
 def _planned(
-    origin: Origin, targets: dict[str, Target], shapes: dict[str, tuple[int, ...]], method: WeightMethod
+    origin: Origin, targets: dict[str, Target], shapes: dict[str, tuple[int, ...]], layout: Layout
 ) -> tuple[TensorPlan, ...]:
     plans: list[TensorPlan] = []
+    like = torch.empty(0, device="meta")
     for name in origin.names:
         if name not in targets:
             plans.append(TensorPlan(name, shapes[name], origin.entries[0][1].dtype))
             continue
-        like = torch.empty(0, device="meta")
-        for index, tensors in enumerate(targets[name].empty(method, like)[1]):
-            holder = targets[name].holder
-            plans += [TensorPlan(f"{holder}.term{index}_{k}", tuple(t.shape), t.dtype) for k, t in tensors.items()]
+        terms = targets[name].empty(layout[name], like)
+        plans += [TensorPlan(key, tuple(t.shape), t.dtype) for key, t in stored_names(targets[name], terms).items()]
     return tuple(plans)
+
+
+def stored_names(target: Target, terms: tuple[Tensors, ...]) -> dict[str, Tensor]:
+    """The tensors of a parameter's terms by their names in the folder."""
+    return {f"{target.holder}.term{i}_{key}": t for i, term in enumerate(terms) for key, t in term.items()}
 
 
 def compress_folder(
@@ -111,6 +145,8 @@ def compress_folder(
     out: str | Path,
     method: WeightMethod,
     *,
+    texts: Texts = (),
+    layout: Layout | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     check_disk: bool = True,
@@ -118,12 +154,15 @@ def compress_folder(
     """Compress a model folder into a new folder, with about one parameter in memory at a time.
 
     Peak memory is the largest parameter (twice, where the checkpoint stores it in parts) with its packed form and
-    16 MiB. Killed, it goes on where it stopped when called again with the same arguments.
+    16 MiB; with a calibrated method what is outside the blocks, one block with the statistics of its inputs, and the
+    hidden states of the texts. Killed, it goes on where it stopped when called again with the same arguments.
 
     Args:
         source: a dense model folder.
         out: the folder to write; it must not exist. Until the end it is called ``<out>.partial``.
         method: how to compress.
+        texts: what the model reads, where the method is calibrated.
+        layout: the formats, instead of the method's own.
         shard_bytes: most bytes in an output file.
         progress: told how far it is.
         check_disk: refuse to start when the disk cannot hold the output.
@@ -133,23 +172,40 @@ def compress_folder(
         BudgetError: when the disk is too small.
         ModelFolderError: when the source is damaged, incomplete or unsafe, or holds NaN or Inf.
         UnsupportedModel: when the model is compressed already, or has layers that cannot be compressed.
+        CompositionError: when texts are needed and there are none.
     """
     refuse_existing(out)
-    plan = plan_compression(source, method, shard_bytes=shard_bytes)
+    method.require_texts(texts)
+    plan = plan_compression(source, method, layout=layout, texts=texts, shard_bytes=shard_bytes)
+    return write_compressed(plan, out, texts=texts, progress=progress, check_disk=check_disk)
+
+
+def write_compressed(
+    plan: CompressionPlan,
+    out: str | Path,
+    *,
+    texts: Texts = (),
+    progress: Progress | None = None,
+    check_disk: bool = True,
+) -> CompressionReport:
+    """Do what was planned; see ``compress_folder``."""
     if check_disk:
         require_disk(out, plan.output_bytes + _copied_bytes(plan.source.path))
     total, done = sum(shard.source_bytes for shard in plan.shards), 0
-    with new_folder(out, resume=True) as partial:
+    with new_folder(out, resume=True) as partial, ExitStack() as stack:
         digests = _open_record(partial, plan)
+        finished = _finished(partial, plan, digests)
+        load: Callable[[Origin], dict[str, Tensor]] = partial_(_encoded, plan=plan)
+        if (plan.method.calibrated or plan.method.refines) and len(finished) < len(plan.shards):
+            load = stack.enter_context(calibrated_blocks(plan, texts, [partial / name for name in finished]))
         for shard in plan.shards:
-            file = partial / shard.name
-            if not (shard.name in digests and file.is_file() and file_digest(file) == digests[shard.name]):
+            if shard.name not in finished:
 
                 def step(size: int, before: int = done) -> None:
                     if progress is not None:
                         progress(before + size, total)
 
-                digests[shard.name] = write_shard(file, shard, lambda origin: _encoded(origin, plan), step)
+                digests[shard.name] = write_shard(partial / shard.name, shard, load, step)
                 _write_record(partial, plan, digests)
             done += shard.source_bytes
             if progress is not None:
@@ -157,6 +213,12 @@ def compress_folder(
         _write_companions(partial, plan)
         (partial / RECORD).unlink()
     return plan.report
+
+
+def _finished(partial: Path, plan: CompressionPlan, digests: Mapping[str, str]) -> list[str]:
+    """The output files of an earlier run that are complete and unharmed."""
+    files = [(shard.name, partial / shard.name) for shard in plan.shards if shard.name in digests]
+    return [name for name, file in files if file.is_file() and file_digest(file) == digests[name]]
 
 
 @torch.no_grad()
@@ -169,9 +231,8 @@ def _encoded(origin: Origin, plan: CompressionPlan) -> dict[str, Tensor]:
         tensor = dense.pop(name)
         if target is None:
             made[name] = tensor
-            continue
-        for index, tensors in enumerate(target.encode(plan.method, tensor)[1]):
-            made |= {f"{target.holder}.term{index}_{key}": value for key, value in tensors.items()}
+        else:
+            made |= stored_names(target, target.encode(plan.method, plan.layout[name], tensor))
     return made
 
 
@@ -219,7 +280,7 @@ def _write_companions(partial: Path, plan: CompressionPlan) -> None:
     # Written out, because transformers would otherwise take the dtype of whichever tensor comes first.
     config["dtype"] = str(plan.source.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
-    config["quantization_config"] = PintpotConfig.of(plan.method, plan.source.dtype).to_dict()
+    config["quantization_config"] = PintpotConfig.of(plan.method, plan.source.dtype, plan.layout).to_dict()
     write_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
     for file in _companions(source):
         if file.name != "README.md":

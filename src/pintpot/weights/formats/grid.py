@@ -1,4 +1,4 @@
-"""The ``Grid`` and ``Dense`` formats.
+"""A grid of integers with a scale and a zero a group.
 
 A grid stores an unsigned code of 1 to 8 bits for each number, and for each group of in-features a scale and (unless
 symmetric) an integer zero of the same width; a number is ``(code - zero) * scale``.
@@ -10,8 +10,7 @@ Bytes of a weight (O, I), with N = ceil(I / G) groups a row:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
 from pintpot.kernels import dequantize, grid_matmul, pack, packed_size, workspace_bytes
-from pintpot.weights._base import Tensors
+from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
 
 ENCODE_ELEMENTS = 1 << 20
 """Numbers that ``Grid.encode`` holds in float32 at a time (a few temporaries of 4 MiB each)."""
@@ -30,8 +29,9 @@ SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126}
 """The smallest positive scale that each dtype can hold."""
 
 
+@file_name("grid")
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Format):
     """Groups of integers with a scale and a zero.
 
     Attributes:
@@ -62,21 +62,16 @@ class Grid:
         """In-features that share a scale, for rows of this length."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
-    def storage(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def storage(self, out_features: int, in_features: int) -> Storage:
         """Shape and dtype of ``packed``, ``scale`` and, if asymmetric, ``zero``."""
         groups = -(-in_features // self.group(in_features))
-        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        stored: Storage = {
             "packed": ((out_features, packed_size(in_features, self.bits)), torch.uint8),
             "scale": ((out_features, groups), SCALE_DTYPES[self.scale_dtype]),
         }
         if not self.symmetric:
             stored["zero"] = ((out_features, packed_size(groups, self.bits)), torch.uint8)
         return stored
-
-    def nbytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of all stored tensors, exactly."""
-        stored = self.storage(out_features, in_features).values()
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored)
 
     def encode(self, weight: Tensor) -> Tensors:
         """Round to nearest between the smallest and the largest number of each group (both widened to hold 0)."""
@@ -92,12 +87,25 @@ class Grid:
         return stored
 
     def _encode_rows(self, weight: Tensor) -> Tensors:
-        columns = weight.shape[-1]
-        size = self.group(columns)
-        groups = -(-columns // size)
+        scale, zero = self.fit(weight)
+        return self.store(self.round(weight, scale, zero), scale, zero)
+
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of each group that reach from its smallest to its largest number (both widened to hold 0).
+
+        Args:
+            weight: float32 (O, I).
+
+        Returns:
+            float32 (O, N) each: numbers that the scale's dtype holds exactly, and integers (the middle if symmetric).
+        """
+        size = self.group(weight.shape[-1])
         # Padding with zeros changes no group's range, because every range holds 0.
-        padded = functional.pad(weight, (0, groups * size - columns)).unflatten(-1, (groups, size))
-        low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+        padded = functional.pad(weight, (0, -weight.shape[-1] % size)).unflatten(-1, (-1, size))
+        return self.settle(padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0))
+
+    def settle(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of groups that are to reach from ``low`` (at most 0) to ``high`` (at least 0); see ``fit``."""
         top = (1 << self.bits) - 1
         dtype = SCALE_DTYPES[self.scale_dtype]
         # Symmetric codes reach from -2^(b-1) to 2^(b-1) - 1; one bit alone has no positive code.
@@ -105,12 +113,29 @@ class Grid:
         scale = torch.maximum(-low, high) / half if self.symmetric else (high - low) / top
         # A range too small for the scale's dtype takes its smallest number, not zero.
         smallest = torch.where(scale > 0, SMALLEST[self.scale_dtype], 1.0)
-        scale = torch.maximum(scale, smallest).clamp(max=torch.finfo(dtype).max).to(dtype)
-        step = scale.float()
-        zero = torch.full_like(step, 1 << (self.bits - 1)) if self.symmetric else (-low / step).round().clamp(0, top)
-        codes = padded.div_(step[..., None]).round_().add_(zero[..., None]).clamp_(0, top)
-        flat = codes.flatten(-2)[:, :columns].to(torch.uint8)
-        stored = {"packed": pack(flat, self.bits), "scale": scale}
+        scale = torch.maximum(scale, smallest).clamp(max=torch.finfo(dtype).max).to(dtype).float()
+        middle = 1 << (self.bits - 1)
+        zero = torch.full_like(scale, middle) if self.symmetric else (-low / scale).round().clamp(0, top)
+        return scale, zero
+
+    def round(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes, uint8 (O, I), for scales and zeros (O, N)."""
+        columns = weight.shape[-1]
+        codes = weight / self.by_column(scale, columns)
+        return codes.round_().add_(self.by_column(zero, columns)).clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The numbers (O, I) that codes stand for, float32."""
+        columns = codes.shape[-1]
+        return (codes.float() - self.by_column(zero, columns)).mul_(self.by_column(scale, columns))
+
+    def by_column(self, of_groups: Tensor, in_features: int) -> Tensor:
+        """One number a group, (..., N), at each of its columns, (..., I)."""
+        return of_groups.repeat_interleave(self.group(in_features), dim=-1)[..., :in_features]
+
+    def store(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensors:
+        """The stored tensors of codes with their scales and zeros, as ``fit`` and ``round`` give them."""
+        stored = {"packed": pack(codes, self.bits), "scale": scale.to(SCALE_DTYPES[self.scale_dtype])}
         if not self.symmetric:
             stored["zero"] = pack(zero.to(torch.uint8), self.bits)
         return stored
@@ -141,46 +166,3 @@ class Grid:
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries that ``matmul`` needs beside its output."""
         return workspace_bytes(out_features, in_features, self.group(in_features), dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
-        return {"format": "grid", **asdict(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A term stored as it is, for what a grid cannot hold.
-
-    Attributes:
-        dtype: of the stored numbers.
-    """
-
-    dtype: torch.dtype = torch.float32
-
-    def storage(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """One tensor (O, I)."""
-        return {"dense": ((out_features, in_features), self.dtype)}
-
-    def nbytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of the tensor."""
-        return out_features * in_features * self.dtype.itemsize
-
-    def encode(self, weight: Tensor) -> Tensors:
-        """The weight in the term's dtype."""
-        return {"dense": weight.detach().to(self.dtype, copy=True)}
-
-    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """The numbers in ``dtype``."""
-        return tensors["dense"].to(dtype)
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``input`` (..., I) times the transposed weight."""
-        return functional.linear(input, tensors["dense"].to(input.dtype))
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Bytes of a cast weight, where the dtypes differ."""
-        return 0 if dtype is self.dtype else out_features * in_features * dtype.itemsize
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
-        return {"format": "dense", "dtype": str(self.dtype).removeprefix("torch.")}

@@ -1,0 +1,191 @@
+"""Methods whose numbers are found by training: a stand-in that can be trained, and packing what came out.
+
+Between ``prepare_`` and ``finish_`` the model is an ordinary one: any training loop trains it, on its own loss or on
+the method's ``objective``. Without any training in between, the packed model is the method's starting point.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from pintpot.core.errors import UnsupportedModel
+from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod
+from pintpot.weights.formats import Format, Tensors
+from pintpot.weights.modules import place_
+from pintpot.weights.replace import report_of
+from pintpot.weights.statistics import InputStatistics
+from pintpot.weights.targets import Target, find_targets
+
+
+class StandIn(nn.Module):
+    """What can be trained in the place of one packed weight (O, I); its parameters are found by the optimizer.
+
+    A subclass keeps what it needs of the dense weight as parameters and buffers of its own.
+    """
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The numbers (O, I) that the packed weight would have now, differentiable in the parameters."""
+
+    @abstractmethod
+    def terms(self, formats: tuple[Format, ...]) -> tuple[Tensors, ...]:
+        """The stored tensors of the weight as it is now."""
+
+    def input(self, input: Tensor) -> Tensor:
+        """What the input becomes before the product; itself unless overridden."""
+        return input
+
+    def follow_(self, progress: float) -> None:
+        """Called after each update with the share of the training that is done, for schedules."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss for this weight, if anything."""
+        return None
+
+
+class TrainedLinear(nn.Linear):
+    """A linear layer whose weight is a stand-in.
+
+    Args:
+        stand_in: of the weight.
+        in_features: I.
+        out_features: O.
+        bias: the layer's, or None.
+    """
+
+    def __init__(self, stand_in: StandIn, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.stand_in = stand_in
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The numbers (O, I) as they are now."""
+        return self.stand_in.weight()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` (..., I) -> (..., O)."""
+        return functional.linear(self.stand_in.input(input), self.weight.to(input.dtype), self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMethod(WeightMethod):
+    """A weight method whose numbers are trained; ``find`` packs the starting point."""
+
+    learning_rate: ClassVar[float] = 1e-4
+    """The usual one."""
+
+    @abstractmethod
+    def stand_in(
+        self, name: str, weight: Tensor, formats: tuple[Format, ...], inputs: InputStatistics | None = None
+    ) -> StandIn:
+        """What is trained in the place of a weight (O, I), at its starting point.
+
+        Args:
+            name: the parameter's.
+            weight: its numbers, float.
+            formats: that it will be packed in.
+            inputs: of the layer, where the method is calibrated.
+        """
+
+    def find(
+        self, name: str, weight: Tensor, formats: tuple[Format, ...], inputs: InputStatistics | None = None
+    ) -> tuple[Tensors, ...]:
+        """The starting point, packed."""
+        return self.stand_in(name, weight, formats, inputs).terms(formats)
+
+    def prepare_(self, model: PreTrainedModel, texts: Texts = ()) -> Layout:
+        """Put stand-ins in the place of a dense model's weights; everything else of the model can be trained too.
+
+        Args:
+            model: dense, in the dtype that it is trained in.
+            texts: where the starting point needs calibration.
+
+        Returns:
+            The layout for ``finish_``.
+
+        Raises:
+            UnsupportedModel: naming layers that have no stand-in (stacks of experts).
+        """
+        self.require_texts(texts)
+        targets, _ = find_targets(model)
+        layout = self.layout(targets)
+        stacks = [t.parameter for t in targets if t.matrices > 1 and t.parameter in layout]
+        if stacks:
+            raise UnsupportedModel(
+                f"{self.name} cannot train packed experts: {stacks[0]}", hint="choose a method that needs no training"
+            )
+        for target in targets:
+            if target.parameter in layout:
+                old = model.get_submodule(target.module)
+                weight = model.get_parameter(target.parameter).detach()
+                dense = weight.t().contiguous() if target.transposed else weight
+                stand_in = self.stand_in(target.parameter, dense, layout[target.parameter])
+                bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
+                new = TrainedLinear(stand_in, target.shape[-1], target.shape[-2], bias)
+                model.set_submodule(target.module, new.train(old.training))
+        return layout
+
+    @torch.no_grad()
+    def finish_(self, model: PreTrainedModel, layout: Layout, skeleton: nn.Module) -> CompressionReport:
+        """Pack what was trained, and mark the model so that it is saved and loaded as a compressed one.
+
+        Args:
+            model: after ``prepare_`` and training.
+            layout: what ``prepare_`` gave.
+            skeleton: the dense model's, usually on the meta device, which says what was what.
+        """
+        # Imported here because that module builds on this wing's base.
+        from pintpot.weights.quantizer import mark_
+
+        targets, dense = find_targets(skeleton, model.dtype)
+        for target in targets:
+            if target.parameter in layout:
+                trained = model.get_submodule(target.module)
+                assert isinstance(trained, TrainedLinear)
+                formats = layout[target.parameter]
+                terms = trained.stand_in.terms(formats)
+                _pack_(model, target, trained, formats, terms)
+        mark_(model, self, layout)
+        return report_of(layout, targets, dense)
+
+    def objective(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
+        """A module whose ``forward(input_ids, labels, use_cache)`` gives the ``loss`` to train with.
+
+        Args:
+            student: after ``prepare_``.
+            teacher: the dense model, frozen.
+
+        Returns:
+            None for the model's own loss.
+        """
+        return None
+
+
+def stand_ins(model: nn.Module) -> Iterator[StandIn]:
+    """All stand-ins of a model that is being trained."""
+    return (module for module in model.modules() if isinstance(module, StandIn))
+
+
+def follow_(model: nn.Module, progress: float) -> None:
+    """Tell every stand-in which share of the training is done."""
+    for stand_in in stand_ins(model):
+        stand_in.follow_(progress)
+
+
+def _pack_(
+    model: nn.Module, target: Target, trained: TrainedLinear, formats: tuple[Format, ...], terms: tuple[Tensors, ...]
+) -> None:
+    dense = nn.Linear(0, 0, bias=False, dtype=trained.weight.dtype)
+    dense.register_parameter("bias", trained.bias)
+    model.set_submodule(target.module, dense.train(trained.training))
+    place_(model, target, formats, terms)

@@ -1,0 +1,89 @@
+"""What every weight format must do, by itself and inside the formats that hold others."""
+
+import json
+
+import pytest
+import torch
+
+from pintpot.weights.formats import (
+    FORMATS,
+    Dense,
+    Format,
+    Grid,
+    LowRank,
+    RoundedInput,
+    Scaled,
+    Split,
+    Transposed,
+    format_from_dict,
+)
+
+ROWS, COLUMNS = 24, 64
+
+EXAMPLES: tuple[Format, ...] = (
+    Dense(dtype=torch.bfloat16),
+    Grid(bits=3, group_size=32),
+    Grid(bits=5, group_size=48, symmetric=True, scale_dtype="bfloat16"),
+    Scaled(inner=Grid(bits=4, group_size=32)),
+    Transposed(inner=Grid(bits=4, group_size=8), out_features_held=ROWS),
+    LowRank(rank=4),
+    RoundedInput(inner=Grid(bits=4, group_size=32), bits=8),
+    LowRank(rank=8, factor=Grid(bits=8, group_size=8)),
+    Split(parts=(Grid(bits=8, group_size=64), Grid(bits=4, group_size=32)), counts=(6, 18)),
+    Scaled(inner=Split(parts=(Grid(bits=8, group_size=64), LowRank(rank=2)), counts=(4, 20))),
+)
+
+
+def weight(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_every_format_is_here():
+    assert {example.kind for example in EXAMPLES} == set(FORMATS)
+
+
+@pytest.mark.parametrize("layout", EXAMPLES, ids=str)
+class TestFormat:
+    def test_stores_what_it_says_and_no_more(self, layout):
+        stored = layout.encode(weight())
+        assert {k: (tuple(t.shape), t.dtype) for k, t in stored.items()} == layout.storage(ROWS, COLUMNS)
+        assert sum(t.nbytes for t in stored.values()) == layout.nbytes(ROWS, COLUMNS)
+        assert layout.out_features(stored) == ROWS
+
+    def test_encoding_what_it_holds_changes_little(self, layout):
+        held = layout.decode(layout.encode(weight()), COLUMNS, torch.float32)
+        again = layout.decode(layout.encode(held), COLUMNS, torch.float32)
+        assert held.shape == (ROWS, COLUMNS)
+        assert (again - held).norm() < 0.15 * held.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_multiplies_as_its_numbers_do(self, layout, dtype):
+        stored = layout.encode(weight(dtype))
+        dense = layout.decode(stored, COLUMNS, torch.float32).double()
+        for shape in ((COLUMNS,), (3, COLUMNS), (2, 5, COLUMNS)):
+            input = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            out = layout.matmul(input, stored)
+            assert out.dtype is dtype
+            rounds_input = isinstance(layout, RoundedInput)
+            limit = 1e-4 if dtype is torch.float32 and not rounds_input else 0.03
+            assert (out.double() - input.double() @ dense.T).norm() < limit * (input.double().norm() * dense.norm())
+
+    def test_gradients_reach_the_input(self, layout):
+        stored = layout.encode(weight())
+        dense = layout.decode(stored, COLUMNS, torch.float32)
+        input = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        back = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(2))
+        (found,) = torch.autograd.grad(layout.matmul(input, stored), input, back)
+        torch.testing.assert_close(found, back @ dense, rtol=1e-3, atol=1e-3)
+
+    def test_is_written_down_and_read_again(self, layout):
+        assert format_from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+    def test_knows_its_sizes_without_numbers(self, layout):
+        stored = {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in layout.storage(ROWS, COLUMNS).items()}
+        assert layout.matmul(torch.empty(2, COLUMNS, device="meta"), stored).shape == (2, ROWS)
+        assert layout.workspace(ROWS, COLUMNS, torch.float32) >= 0
+
+    def test_zero_stays_zero(self, layout):
+        held = layout.decode(layout.encode(torch.zeros(ROWS, COLUMNS)), COLUMNS, torch.float32)
+        assert held.abs().max() < 1e-6
