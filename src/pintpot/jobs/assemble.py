@@ -31,6 +31,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.slots import check
 from pintpot.core.technique import Technique
 from pintpot.core.workload import Generate, Pretrain, Workload
+from pintpot.jobs.calibration_texts import calibration_texts
 from pintpot.jobs.dtypes import DTYPES
 from pintpot.jobs.load import load, no_progress_bars
 from pintpot.jobs.model_source import model_folder
@@ -156,7 +157,7 @@ def assemble(
     elif composition.optimizer is not None and composition.optimizer.streams:
         model, store = load_streamed(folder, dtype, place)
     else:
-        model = _load(folder, composition, dtype)
+        model = _load(folder, composition, dtype, plan.seed)
     return dress(model, composition, plan.workload, rates, seed=plan.seed, store=store)
 
 
@@ -262,10 +263,11 @@ def _materialise_(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def _load(folder: Path, composition: Composition, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: Path, composition: Composition, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     if composition.weights is not None:
         with no_progress_bars():
-            return load_and_compress(folder, composition.weights, dtype=dtype)
+            texts = calibration_texts(folder, composition.weights, seed=seed)
+            return load_and_compress(folder, composition.weights, dtype=dtype, texts=texts)
     return load(folder, dtype)
 
 

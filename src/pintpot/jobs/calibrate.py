@@ -16,7 +16,7 @@ from pintpot.core.files import refuse_existing
 from pintpot.jobs.batches import PackedText
 from pintpot.jobs.load import load, load_tokenizer, no_progress_bars
 from pintpot.jobs.model_source import model_folder
-from pintpot.jobs.text_training import TextSettings, encode_parts, read_parts, require_range, seed_everything
+from pintpot.jobs.text import TextSettings, encode_parts, read_parts, require_range, seed_everything
 
 SAMPLES_AT_ONCE = 4
 """Sequences that the model reads together."""

@@ -28,18 +28,17 @@ from pintpot.core.technique import Technique
 from pintpot.jobs.batches import PackedText
 from pintpot.jobs.load import load, load_tokenizer, no_progress_bars
 from pintpot.jobs.model_source import model_folder
-from pintpot.jobs.text_training import (
-    CHECKPOINTS,
+from pintpot.jobs.objective_training import train_objective
+from pintpot.jobs.text import (
     Text,
     TextSettings,
     encode_parts,
-    held_out_loss,
     read_parts,
     require_range,
     seed_everything,
-    update_batches,
 )
-from pintpot.jobs.training import TrainResult, TrainSettings, train, warmup_stable_decay
+from pintpot.jobs.text_training import CHECKPOINTS, held_out_loss
+from pintpot.jobs.training import TrainResult
 from pintpot.ledger.reach import tensors_in
 
 JOB = "convert"
@@ -255,25 +254,15 @@ def _train(
     module = method.objective(converted, teacher)
     if module is None:
         return None
-    batches = update_batches(text, settings, run["seed"])
-    steps = len(batches) // settings.accumulate
-    rate = method.learning_rate if settings.learning_rate is None else settings.learning_rate
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    result = train(
+    result = train_objective(
         module,
-        batches,
-        torch.optim.AdamW(wanted, lr=rate, weight_decay=settings.weight_decay),
-        warmup_stable_decay(warmup=max(1, steps // 100), decay=steps, steps=steps),
-        TrainSettings(
-            accumulate=settings.accumulate,
-            checkpoints=checkpoints,
-            checkpoint_every=settings.checkpoint_every,
-            trainable_only=True,
-            validate_every=settings.validate_every,
-            run={**run, "settings": asdict(settings), "text": text.digest},
-            progress=progress,
-        ),
-        validate=lambda _: {"held_out_loss": held_out_loss(converted, text.held_out, settings) or float("nan")},
+        text,
+        settings,
+        learning_rate=method.learning_rate,
+        run=run,
+        checkpoints=checkpoints,
+        validate=lambda: held_out_loss(converted, text.held_out, settings),
+        progress=progress,
     )
     converted.eval()
     return result

@@ -18,14 +18,8 @@ from pintpot.jobs.assemble import Rates, assemble
 from pintpot.jobs.choose import Wish
 from pintpot.jobs.load import load_tokenizer
 from pintpot.jobs.model_source import model_folder
-from pintpot.jobs.text_training import (
-    TextJob,
-    TextResult,
-    TextSettings,
-    encode_parts,
-    read_parts,
-    train_on_text,
-)
+from pintpot.jobs.text import TextSettings, encode_parts, read_parts
+from pintpot.jobs.text_training import TextJob, TextResult, train_on_text
 from pintpot.ledger.predict import Assembled
 
 

@@ -29,15 +29,8 @@ from pintpot.jobs.dtypes import DTYPES
 from pintpot.jobs.load import read_tokenizer
 from pintpot.jobs.model_source import model_folder
 from pintpot.jobs.packed_shape import with_dtype
-from pintpot.jobs.text_training import (
-    TextJob,
-    TextResult,
-    TextSettings,
-    encode_parts,
-    longest_context,
-    read_parts,
-    train_on_text,
-)
+from pintpot.jobs.text import TextSettings, encode_parts, longest_context, read_parts
+from pintpot.jobs.text_training import TextJob, TextResult, train_on_text
 from pintpot.ledger.predict import Assembled
 from pintpot.reference.tokenizer import as_transformers, train_tokenizer
 

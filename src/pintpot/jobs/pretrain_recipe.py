@@ -24,7 +24,8 @@ from pintpot.jobs.assemble import Composition, Rates, dress, undress
 from pintpot.jobs.batches import Batches, Curriculum, Mixture, PackedText, Rows
 from pintpot.jobs.muon import MuonWithAdamW
 from pintpot.jobs.recipe import STANDARD_LIBRARY, Recipe, TechniquesRecipe, adjusted, dump_recipe, read_recipe
-from pintpot.jobs.text_training import seed_everything, trained_by, usual_learning_rate
+from pintpot.jobs.text import seed_everything
+from pintpot.jobs.text_training import trained_by, usual_learning_rate
 from pintpot.jobs.training import TrainResult, TrainSettings, train, warmup_stable_decay
 from pintpot.ledger.predict import Assembled
 from pintpot.reference.evaluate import full_figures, quick_figures
