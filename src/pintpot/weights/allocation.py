@@ -29,6 +29,9 @@ GAP = 1e-3
 SECONDS = 60.0
 """After which it takes the best choice found."""
 
+SAMPLE_ROWS = 512
+"""Rows of a matrix, twice as many at most, that errors are estimated on."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -110,14 +113,14 @@ class Sized(WeightMethod):
         return self.candidates[0].terms(name, out_features, in_features, dtype)
 
     def examine(self, name: str, weight: Tensor, inputs: InputStatistics | None) -> dict[str, Tensor]:
-        """The relative error of each candidate."""
-        dense = weight.float()
+        """The relative error of each candidate, on rows from all over the matrix."""
+        dense = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)].float()
         power = torch.ones(dense.shape[1]) if inputs is None else inputs.hessian.diagonal()
         whole = float((dense.square() @ power).sum()) or 1.0
         errors = []
         for candidate in self.candidates:
             rounded = torch.zeros_like(dense)
-            for layout in candidate.terms(name, weight.shape[0], weight.shape[1], weight.dtype):
+            for layout in candidate.terms(name, dense.shape[0], dense.shape[1], weight.dtype):
                 stored = layout.encode(dense - rounded)
                 rounded += layout.decode(stored, dense.shape[1], torch.float32)
             errors.append(float(((dense - rounded).square() @ power).sum()) / whole)

@@ -105,11 +105,14 @@ class AWQ(WeightMethod):
 
 
 def best_scale(weight: Tensor, layout: Scaled, inputs: InputStatistics) -> Tensor:
-    """The scales (I,) of the input channels, of those tried, with the least mean squared output error."""
+    """The scales (I,) of the input channels, of those tried, with the least mean squared output error.
+
+    The weight is divided by them before it is rounded: small ones make a channel large.
+    """
     best, least = torch.ones_like(inputs.magnitude), torch.inf
     for share in SHARES:
-        scale = inputs.magnitude.pow(share).clamp(min=1e-4)
-        scale /= (scale.max() * scale.min()).sqrt()
+        enlarged = inputs.magnitude.pow(share).clamp(min=1e-4)
+        scale = (enlarged.max() * enlarged.min()).sqrt() / enlarged
         rounded = layout.decode(layout.encode_with(weight, scale), weight.shape[1], torch.float32)
         error = float(inputs.error(weight - rounded).sum())
         if error < least:

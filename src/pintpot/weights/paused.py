@@ -113,8 +113,12 @@ class PausedPass:
         self._stack.enter_context(_evaluating(self.model))
         self._stack.enter_context(_pausing(self.model, self.names))
         self._stack.callback(self._stop)
-        for inputs in self._inputs:
-            self._forwards.append(_Forward(self.model, inputs))
+        try:
+            for inputs in self._inputs:
+                self._forwards.append(_Forward(self.model, inputs))
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def _stop(self) -> None:
