@@ -57,7 +57,7 @@ sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0 PINTPOT_KERNELS=$(SANITIZED) $(BIN)/python -m pytest -s tests/kernels
 
 bench: $(STAMP)
-	@for file in $$(ls benchmarks/[a-z]*.py | grep -v _kvpress.py); do \
+	@for file in $$(grep -l __main__ benchmarks/[a-z]*.py | grep -v _kvpress.py); do \
 		name=$$(basename $$file .py); echo "==> benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 

@@ -14,6 +14,7 @@ import typer.core
 from pintpot._version import __version__
 from pintpot.cli import (
     calibrate,
+    check,
     compress,
     convert,
     demo,
@@ -100,6 +101,7 @@ for _name, _module in (
     ("pretrain", pretrain),
     ("compress", compress),
     ("convert", convert),
+    ("check", check),
     ("calibrate", calibrate),
     ("plan", plan),
     ("ledger", ledger),

@@ -19,13 +19,15 @@ def command(
     sample_tokens: Annotated[int, typer.Option("--sample-tokens", help="Their length.")] = 512,
     seed: _options.Seed = 0,
     json: _options.Json = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """Fit a cache technique to a model on text; the file it writes is then given as its calibration."""
-    from pintpot.cli._output import facts, print_json
+    from pintpot.cli._output import facts, notes, print_json
     from pintpot.cli._tables import record_table
     from pintpot.jobs.calibrate import calibrate_file
 
-    done = calibrate_file(model, technique, data, out, samples=samples, sample_tokens=sample_tokens, seed=seed)
+    with notes(quiet or json).status(f"fitting {technique}"):
+        done = calibrate_file(model, technique, data, out, samples=samples, sample_tokens=sample_tokens, seed=seed)
     if json:
         print_json(done.to_dict())
     else:
