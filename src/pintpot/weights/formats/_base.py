@@ -69,6 +69,10 @@ class Format(ABC):
         """The stored tensors of some of the rows; unless overridden each tensor's first dimension is O."""
         return {name: tensor[rows] for name, tensor in tensors.items()}
 
+    def rows_together(self) -> int:
+        """Rows of which ``rows`` takes only multiples (the last of a weight may be fewer)."""
+        return 1
+
     def out_features(self, tensors: Mapping[str, Tensor]) -> int:
         """O, from the stored tensors; unless overridden the length of the first."""
         return next(iter(tensors.values())).shape[0]
@@ -80,7 +84,7 @@ class Format(ABC):
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries that ``matmul`` needs beside its output."""
         row = self.row_bytes(in_features, dtype)
-        return min(out_features, rows_at_once(row)) * row
+        return min(out_features, rows_at_once(row, self.rows_together())) * row
 
     def check(self, out_features: int, in_features: int) -> None:
         """Refuse a shape that the format cannot hold.
@@ -150,14 +154,14 @@ def _read(value: Any) -> Any:
     return getattr(torch, value[6:]) if isinstance(value, str) and value.startswith("torch.") else value
 
 
-def rows_at_once(row_bytes: int) -> int:
-    """Rows that are dense together."""
-    return max(1, STRIP_BYTES // max(1, row_bytes))
+def rows_at_once(row_bytes: int, together: int = 1) -> int:
+    """Rows that are dense together: a multiple of those that cannot be parted."""
+    return max(1, STRIP_BYTES // max(1, row_bytes) // together) * together
 
 
 def strips(layout: Format, out_features: int, in_features: int, operand: Tensor) -> Iterator[slice]:
     """Rows that are dense together. For an operand without values the first strip stands for all: they cost alike."""
-    step = rows_at_once(layout.row_bytes(in_features, operand.dtype))
+    step = rows_at_once(layout.row_bytes(in_features, operand.dtype), layout.rows_together())
     starts = range(0, out_features, step)
     for start in starts[:1] if operand.is_meta or is_fake(operand) else starts:
         yield slice(start, start + step)

@@ -18,20 +18,17 @@ from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
 from pintpot.kernels import dequantize, grid_matmul, pack, packed_size, workspace_bytes
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
+from pintpot.weights.formats._base import Storage, Tensors, file_name
+from pintpot.weights.formats.grouped import SCALE_DTYPES as SCALE_DTYPES
+from pintpot.weights.formats.grouped import SMALLEST, Grouped
 
 ENCODE_ELEMENTS = 1 << 20
 """Numbers that ``Grid.encode`` holds in float32 at a time (a few temporaries of 4 MiB each)."""
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126}
-"""The smallest positive scale that each dtype can hold."""
-
 
 @file_name("grid")
 @dataclass(frozen=True, kw_only=True)
-class Grid(Format):
+class Grid(Grouped):
     """Groups of integers with a scale and a zero.
 
     Attributes:
@@ -49,22 +46,11 @@ class Grid(Format):
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ShapeError(f"a grid has 1 to 8 bits, not {self.bits}", hint="choose bits between 1 and 8")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ShapeError(
-                f"group_size must be positive, or -1 for whole rows, not {self.group_size}", hint="for instance 128"
-            )
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ShapeError(
-                f"scales cannot be stored as {self.scale_dtype!r}", hint=f"one of: {', '.join(SCALE_DTYPES)}"
-            )
-
-    def group(self, in_features: int) -> int:
-        """In-features that share a scale, for rows of this length."""
-        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+        self.check_groups()
 
     def storage(self, out_features: int, in_features: int) -> Storage:
         """Shape and dtype of ``packed``, ``scale`` and, if asymmetric, ``zero``."""
-        groups = -(-in_features // self.group(in_features))
+        groups = self.groups(in_features)
         stored: Storage = {
             "packed": ((out_features, packed_size(in_features, self.bits)), torch.uint8),
             "scale": ((out_features, groups), SCALE_DTYPES[self.scale_dtype]),
@@ -128,10 +114,6 @@ class Grid(Format):
         """The numbers (O, I) that codes stand for, float32."""
         columns = codes.shape[-1]
         return (codes.float() - self.by_column(zero, columns)).mul_(self.by_column(scale, columns))
-
-    def by_column(self, of_groups: Tensor, in_features: int) -> Tensor:
-        """One number a group, (..., N), at each of its columns, (..., I)."""
-        return of_groups.repeat_interleave(self.group(in_features), dim=-1)[..., :in_features]
 
     def store(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensors:
         """The stored tensors of codes with their scales and zeros, as ``fit`` and ``round`` give them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,12 @@ class Split(Format):
     Attributes:
         parts: the format of each part.
         counts: output channels of each part; they add up to O.
+        first: channels that the order begins with, where they are known before the weight is; the others follow.
     """
 
     parts: tuple[Format, ...] = (Grid(),)
     counts: tuple[int, ...] = (1,)
+    first: tuple[int, ...] = ()
 
     def storage(self, out_features: int, in_features: int) -> Storage:
         """``order`` int32 (O,) and the tensors of each part that is not empty.
@@ -36,6 +38,10 @@ class Split(Format):
             raise ShapeError(
                 f"parts of {self.counts} output channels are not {out_features}", hint="let the counts add up to them"
             )
+        if len(set(self.first)) < len(self.first) or not all(0 <= c < out_features for c in self.first):
+            raise ShapeError(
+                f"the first of {out_features} output channels cannot be {self.first}", hint="name each one at most once"
+            )
         stored: Storage = {}
         for prefix, layout, count in self._parts():
             stored |= prefixed(prefix, layout.storage(count, in_features))
@@ -46,17 +52,30 @@ class Split(Format):
             if count:
                 yield f"part{index}_", layout, count
 
+    def own_order(self, device: torch.device) -> Tensor:
+        """The channels int64 (O,): the first ones, and the others as they come."""
+        known = set(self.first)
+        others = [channel for channel in range(sum(self.counts)) if channel not in known]
+        return torch.tensor([*self.first, *others], dtype=torch.int64, device=device)
+
     def encode(self, weight: Tensor) -> Tensors:
-        """With the channels in their own order."""
-        return self.encode_with(weight, torch.arange(weight.shape[0], device=weight.device))
+        """With the channels in the format's own order."""
+        return self.encode_with(weight, self.own_order(weight.device))
 
     def encode_with(self, weight: Tensor, order: Tensor) -> Tensors:
         """With the channels of ``order`` (O,), the first of them in the first part."""
-        stored: Tensors = {}
+        parts: list[Tensors] = []
         start = 0
-        for prefix, layout, count in self._parts():
-            stored |= prefixed(prefix, layout.encode(weight[order[start : start + count]]))
+        for _, layout, count in self._parts():
+            parts.append(layout.encode(weight[order[start : start + count]]))
             start += count
+        return self.store(parts, order)
+
+    def store(self, parts: Sequence[Tensors], order: Tensor) -> Tensors:
+        """The stored tensors of those of each part that is not empty, and the order (O,)."""
+        stored: Tensors = {}
+        for (prefix, _, _), tensors in zip(self._parts(), parts, strict=True):
+            stored |= prefixed(prefix, tensors)
         return {**stored, "order": order.to(torch.int32)}
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:

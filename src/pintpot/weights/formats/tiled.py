@@ -1,0 +1,195 @@
+"""A sparse weight in tiles: each kept number with its place in its tile, loaded as sparse and multiplied as dense.
+
+This is the storage that Flash-LLM calls Tiled-CSL (Xia et al. 2023, arXiv:2309.10285): 16 bits for a number, 16 for
+its place, and where each tile begins. Tiles lie row by row. How many numbers are kept is fixed for the whole weight,
+not for a row or a tile.
+
+Bytes of a weight (O, I) with n numbers kept, in ``T = ceil(O / tile_rows) * ceil(I / tile_columns)`` tiles:
+``4 * n + 4 * (T + 1)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn import functional
+
+from pintpot.core.errors import ShapeError
+from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, rows_at_once
+from pintpot.weights.formats.selection import largest
+
+MOST_PLACES = 1 << 15
+"""Numbers in a tile that 16 bits with a sign can tell apart."""
+
+
+@file_name("tiled")
+@dataclass(frozen=True, kw_only=True)
+class Tiled(Format):
+    """Kept numbers with their places in tiles.
+
+    Attributes:
+        out_features_held: O, which the stored tensors do not tell.
+        kept_fraction: share of the numbers that is kept.
+        tile_rows: out-features of a tile.
+        tile_columns: in-features of a tile; with ``tile_rows`` at most 32768 numbers.
+        dtype: of the kept numbers, of 16 bits.
+    """
+
+    out_features_held: int = 0
+    kept_fraction: float = 0.2
+    tile_rows: int = 128
+    tile_columns: int = 64
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept_fraction <= 1:
+            raise ShapeError(
+                f"kept_fraction is a share of the numbers, not {self.kept_fraction}", hint="choose one above 0, up to 1"
+            )
+        if min(self.tile_rows, self.tile_columns) < 1 or self.tile_rows * self.tile_columns > MOST_PLACES:
+            raise ShapeError(
+                f"16 bits cannot tell the places of a tile of {self.tile_rows} x {self.tile_columns} apart",
+                hint=f"choose sides of 1 or more, with a product of at most {MOST_PLACES}",
+            )
+
+    def tiles(self, in_features: int) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.out_features_held // self.tile_rows), -(-in_features // self.tile_columns)
+
+    def kept(self, numbers: int) -> int:
+        """How many of so many numbers are kept."""
+        return max(1, int(self.kept_fraction * numbers + 0.5))
+
+    def storage(self, out_features: int, in_features: int) -> Storage:
+        """``values`` (n,), ``places`` int16 (n,) in their tiles, and ``starts`` int32 (T + 1,) of the tiles.
+
+        Raises:
+            ShapeError: when O is not the one held.
+        """
+        if out_features != self.out_features_held:
+            raise ShapeError(
+                f"tiles laid out for {self.out_features_held} out-features cannot hold {out_features}",
+                hint="set out_features_held to the weight's",
+            )
+        rows, columns = self.tiles(in_features)
+        kept = self.kept(out_features * in_features)
+        return {
+            "values": ((kept,), self.dtype),
+            "places": ((kept,), torch.int16),
+            "starts": ((rows * columns + 1,), torch.int32),
+        }
+
+    def encode(self, weight: Tensor) -> Tensors:
+        """With the numbers of the largest magnitude."""
+        return self.encode_with(weight, self.choose(weight.float().abs()))
+
+    def choose(self, score: Tensor) -> Tensor:
+        """Which numbers to keep, bool (O, I): those of the highest scores, float32 (O, I)."""
+        return largest(score, self.kept(score.numel()))
+
+    def encode_with(self, weight: Tensor, mask: Tensor) -> Tensors:
+        """With the numbers of a mask, bool (O, I), of as many as are kept."""
+        rows, columns = self.tiles(weight.shape[1])
+        tile = self.tile_rows * self.tile_columns
+        if mask.is_meta or is_fake(mask):
+            places = mask.new_zeros(self.kept(mask.numel()), dtype=torch.int64)
+        else:
+            places = self._by_tile(mask).nonzero()[:, 0]
+        first = torch.arange(rows * columns + 1, device=weight.device) * tile
+        return {
+            "values": self._by_tile(weight)[places].to(self.dtype),
+            "places": (places % tile).to(torch.int16),
+            "starts": torch.searchsorted(places, first).to(torch.int32),
+        }
+
+    def _by_tile(self, numbers: Tensor) -> Tensor:
+        """(O, I) as one row of tiles, each row by row, padded with zeros."""
+        rows, columns = self.tiles(numbers.shape[1])
+        below, right = rows * self.tile_rows - numbers.shape[0], columns * self.tile_columns - numbers.shape[1]
+        padded = functional.pad(numbers, (0, right, 0, below))
+        return padded.view(rows, self.tile_rows, columns, self.tile_columns).transpose(1, 2).reshape(-1)
+
+    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
+        """The kept numbers at their places, and zeros."""
+        rows = self.tiles(in_features)[0]
+        return self.tile_row(tensors, slice(0, rows), in_features, dtype)[: self.out_features_held]
+
+    def tile_row(self, tensors: Mapping[str, Tensor], own: slice, in_features: int, dtype: torch.dtype) -> Tensor:
+        """Some rows of tiles made dense, (rows of them, I), with what pads the last below."""
+        columns = self.tiles(in_features)[1]
+        tile, count = self.tile_rows * self.tile_columns, (own.stop - own.start) * columns
+        starts = tensors["starts"][own.start * columns : own.stop * columns + 1]
+        values, places = tensors["values"], tensors["places"]
+        dense = torch.zeros(count * tile, dtype=dtype, device=values.device)
+        if not (values.is_meta or is_fake(values)):
+            kept = slice(int(starts[0]), int(starts[-1]))
+            tiles = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
+            dense[places[kept].long().add_(tiles.mul_(tile))] = values[kept].to(dtype)
+        parts = dense.view(-1, columns, self.tile_rows, self.tile_columns).transpose(1, 2)
+        return parts.reshape(-1, columns * self.tile_columns)[:, :in_features]
+
+    def strips(self, in_features: int, operand: Tensor) -> Iterator[slice]:
+        """Rows of tiles that are dense together; for an operand without values the first stand for all."""
+        rows = self.tiles(in_features)[0]
+        step = rows_at_once(self.row_bytes(in_features, operand.dtype), self.tile_rows) // self.tile_rows
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+            if operand.is_meta or is_fake(operand):
+                return
+
+    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Rows of tiles are made dense one after the other, and again for the backward pass."""
+        flat = input.reshape(-1, input.shape[-1])
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: Tensor = _ByTiles.apply(flat, self, tuple(tensors), *tensors.values())
+        else:
+            out = _product(flat, self, tensors)
+        return out.reshape(*input.shape[:-1], self.out_features_held)
+
+    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
+        """O."""
+        return self.out_features_held
+
+    def rows_together(self) -> int:
+        """Those of a tile."""
+        return self.tile_rows
+
+    def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
+        """The row in tiles and in its own order, and for each kept number its tile and place (int64) and its value."""
+        width = self.tiles(in_features)[1] * self.tile_columns
+        return 2 * width * dtype.itemsize + self.kept(in_features) * (16 + dtype.itemsize)
+
+
+def _product(flat: Tensor, layout: Tiled, tensors: Mapping[str, Tensor]) -> Tensor:
+    out = flat.new_empty((flat.shape[0], layout.out_features_held))
+    for own in layout.strips(flat.shape[1], flat):
+        rows = slice(own.start * layout.tile_rows, min(own.stop * layout.tile_rows, layout.out_features_held))
+        dense = layout.tile_row(tensors, own, flat.shape[1], flat.dtype)[: rows.stop - rows.start]
+        torch.mm(flat, dense.t(), out=out[:, rows])
+    return out
+
+
+class _ByTiles(torch.autograd.Function):
+    """Saves only the packed storage; backward decodes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, layout: Tiled, names: tuple[str, ...], *stored: Tensor) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.layout, ctx.names, ctx.in_features = layout, names, flat.shape[1]
+        return _product(flat, layout, dict(zip(names, stored, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, layout = gradients[0], ctx.layout
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        back = gradient.new_zeros((gradient.shape[0], ctx.in_features))
+        for own in layout.strips(ctx.in_features, gradient):
+            rows = slice(own.start * layout.tile_rows, min(own.stop * layout.tile_rows, layout.out_features_held))
+            dense = layout.tile_row(tensors, own, ctx.in_features, gradient.dtype)
+            back.addmm_(gradient[:, rows], dense[: rows.stop - rows.start])
+        return back, *[None] * (2 + len(ctx.names))
