@@ -13,7 +13,19 @@ from pintpot._version import __version__
 from pintpot.cli.app import app
 from pintpot.core.errors import Interrupted, PintpotError
 
-COMMANDS = ("generate", "finetune", "pretrain", "compress", "plan", "ledger", "machine", "techniques", "demo")
+COMMANDS = (
+    "generate",
+    "finetune",
+    "pretrain",
+    "compress",
+    "check",
+    "export",
+    "plan",
+    "ledger",
+    "machine",
+    "techniques",
+    "demo",
+)
 runner = CliRunner()
 
 

@@ -1,5 +1,6 @@
 """What every weights technique must do, on every architecture."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,13 +16,26 @@ from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Generate
-from pintpot.weights import compress_folder, load_and_compress, load_compressed
+from pintpot.weights import WeightMethod, compress_folder, load_and_compress, load_compressed
 from pintpot.weights.modules import PackedTerms
+from pintpot.weights.trained import TrainedMethod
 from tests.architectures import TINY, tiny_config, tiny_model
 
-METHODS = sorted(techniques("weights"))
+METHODS = sorted(name for name, kind in techniques("weights").items() if issubclass(kind, WeightMethod))
+KINDS: dict[str, tuple[str, ...]] = {name: techniques("weights")[name].model_types for name in METHODS}
+GENERAL = [name for name in METHODS if not KINDS[name]]
+FEW = ("gpt2", "llama", "mamba", "mixtral", "t5")
+"""One architecture for each way that blocks are called and matrices are stored. The methods of BROAD, which stand for
+those that look at activations and those that do not, meet all of them."""
+BROAD = ("awq", "gptq", "rtn")
+PAIRS = [
+    (n, a)
+    for n in METHODS
+    for a in (sorted(TINY) if n in BROAD or KINDS[n] else FEW)
+    if not KINDS[n] or tiny_config(a).model_type in KINDS[n]
+]
 GENERATE = Generate(batch=2, prompt_tokens=8, new_tokens=2)
-SAFE = {"bits": 8, "group_size": 32}
+SAFE = {"bits": 8, "group_size": 32, "blocks": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +71,7 @@ def texts_for(method) -> list[torch.Tensor]:
     return [torch.randint(3, 256, (2, 48), generator=generator) for _ in range(2)] if method.calibrated else []
 
 
-@pytest.mark.parametrize("architecture", sorted(TINY))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "architecture"), PAIRS)
 def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, tmp_path: Path):
     method = method_of(name)
     texts = texts_for(method)
@@ -80,13 +93,14 @@ def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, t
     assert torch.equal(logits_of(reloaded), in_place)
     assert not torch.equal(in_place, dense)
     assert torch.isfinite(in_place).all()
-    if method.bits_a_weight(ModelShape.from_config(tiny_config(architecture))) > 7:
-        # Random weights in 8 bits: an error of at most 1/255 of a group's range a weight, over 2 or 3 layers.
-        assert (in_place - dense).abs().max() < 0.05 * dense.abs().max()
+    if method.bits_a_weight(ModelShape.from_config(tiny_config(architecture))) > 7 and not method.drops:
+        # Random weights in 8 bits: an error of at most 1/255 of a group's range a weight, over 2 or 3 layers. What is
+        # to be trained may start further away.
+        limit = 0.1 if isinstance(method, TrainedMethod) else 0.05
+        assert (in_place - dense).abs().max() < limit * dense.abs().max()
 
 
-@pytest.mark.parametrize("architecture", sorted(TINY))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "architecture"), PAIRS)
 def test_predicted_bytes_are_the_measured_ones(name, architecture):
     model = tiny_model(architecture, dtype=torch.bfloat16)
     shape = ModelShape.from_config(tiny_config(architecture), torch.bfloat16)
@@ -102,8 +116,7 @@ def test_predicted_bytes_are_the_measured_ones(name, architecture):
         assert method.predict(plain, shape, GENERATE).peak_of(Account.WEIGHTS) == after < before
 
 
-@pytest.mark.parametrize("architecture", sorted(TINY))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "architecture"), PAIRS)
 def test_runs_on_shapes_alone_with_the_same_bytes(name, architecture):
     method = method_of(name)
     real = tiny_model(architecture)
@@ -123,7 +136,7 @@ def test_runs_on_shapes_alone_with_the_same_bytes(name, architecture):
     assert {t.device.type for t in meta.state_dict().values()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_same_input_same_bytes(name, tmp_path: Path):
     tiny_model("mixtral").save_pretrained(tmp_path / "dense")
     for out in ("one", "two"):
@@ -135,12 +148,12 @@ def test_same_input_same_bytes(name, tmp_path: Path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_refuses_what_is_compressed_already_and_names_it(name, tmp_path: Path):
     model, method = tiny_model("llama"), method_of(name)
     texts = texts_for(method)
-    method.quantize_model_(model, texts)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.self_attn\.q_proj \(CompressedLinear\)"):
+    first = method.quantize_model_(model, texts).compressed[0].removesuffix(".weight")
+    with pytest.raises(UnsupportedModel, match=re.escape(f"{first} (CompressedLinear)")):
         method.quantize_model_(model, texts)
     model.save_pretrained(tmp_path / "packed")
     for again in (
@@ -152,7 +165,7 @@ def test_refuses_what_is_compressed_already_and_names_it(name, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_says_when_it_needs_texts(name):
     method = method_of(name)
     if method.calibrated:
@@ -160,7 +173,7 @@ def test_says_when_it_needs_texts(name):
             method.quantize_model_(tiny_model("llama"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_adapters_learn_on_top(name):
     model, method = tiny_model("llama"), method_of(name)
     method.quantize_model_(model, texts_for(method))
@@ -172,14 +185,32 @@ def test_adapters_learn_on_top(name):
     assert any(g.abs().max() > 0 for g in gradients)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_refuses_a_model_without_linear_layers(name):
     with pytest.raises(UnsupportedModel, match="no linear layer"):
         method = method_of(name)
         method.quantize_model_(torch.nn.Sequential(torch.nn.Embedding(4, 4)), texts_for(method))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(GENERAL)))
+def test_refuses_kinds_of_models_that_it_is_not_for(name, tmp_path: Path):
+    other = next(a for a in sorted(TINY) if tiny_config(a).model_type not in KINDS[name])
+    model = tiny_model(other)
+    texts = [torch.arange(20).view(2, 10) + 3]
+    model.save_pretrained(tmp_path / "dense")
+    for attempt in (
+        lambda: method_of(name).quantize_model_(model, texts),
+        lambda: method_of(name).prepare_skeleton_(model),
+        lambda: compress_folder(tmp_path / "dense", tmp_path / "out", method_of(name), texts=texts),
+        lambda: load_and_compress(tmp_path / "dense", method_of(name), texts=texts),
+    ):
+        with pytest.raises(UnsupportedModel, match=r"_proj"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+    assert not list(techniques("weights")[name].options(ModelShape.from_config(tiny_config(other)), GENERATE))
+
+
+@pytest.mark.parametrize("name", GENERAL)
 def test_fewer_bytes_are_a_greater_risk(name):
     shape = ModelShape.from_config(tiny_config("llama"))
     dense = Ledger("predicted", (Moment("decode", {}).with_bytes(Account.WEIGHTS, shape.weight_bytes),))

@@ -60,7 +60,7 @@ def test_from_folder_errors(tmp_path):
     with pytest.raises(UnsupportedModel, match="does not know this architecture"):
         ModelShape.from_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UnsupportedModel, match="not a language model"):
+    with pytest.raises(UnsupportedModel, match="not a model that Pintpot can run"):
         ModelShape.from_folder(tmp_path).build()
 
 

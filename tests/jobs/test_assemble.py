@@ -11,7 +11,7 @@ from pintpot.core.errors import CompositionError
 from pintpot.core.expression import parse
 from pintpot.core.ledger import Account
 from pintpot.core.plan import ModelIdentity, Plan
-from pintpot.core.registry import techniques
+from pintpot.core.registry import get, techniques
 from pintpot.core.shape import ModelShape
 from pintpot.core.slots import conflict
 from pintpot.core.workload import Budget, Finetune, Generate
@@ -93,13 +93,15 @@ def test_the_simulated_peak_is_the_measured_one(folders, name, workload, express
 def test_every_pair_runs_or_is_refused(folders, workload):
     """On the whole registry: what the rule allows must run, what it forbids must be refused.
 
-    Parts of a cache meet one another in the contract tests of their wing, with calibrations where they need them.
+    Parts of a cache meet one another in the contract tests of their wing, with calibrations where they need them. All
+    weights methods leave packed layers of one kind behind, so that one of them stands for all.
     """
     shape = ModelShape.from_folder(folders["llama"])
     kinds = [kind for kind in techniques().values() if workload.job in kind.facts.jobs]
     layers = shape.config.num_hidden_layers
     serving = [kind() for kind in kinds if not issubclass(kind, Calibrated)]
     serving = [t for t in serving if not isinstance(t, CacheTechnique) or t.acts_on(layers)]
+    serving = [t for t in serving if t.facts.slot != "weights" or t.name == "rtn"]
     assert len(serving) > 2
     for pair in combinations(serving, 2):
         if {technique.facts.slot for technique in pair} == {"cache"} and not conflict(*pair):
@@ -116,6 +118,19 @@ def test_every_pair_runs_or_is_refused(folders, workload):
         with live.scope(), torch.no_grad():
             logits = live.model(input_ids=ids).logits
         assert torch.isfinite(logits).all(), pair
+
+
+def test_a_calibrated_method_is_applied_while_loading(folders):
+    live = assemble(folders["llama"], plan_of(folders["llama"], GENERATE, "gptq(group_size=32)*kivi4"))
+    assert type(live.model.model.layers[0].mlp.up_proj).__name__ == "CompressedLinear"
+    with live.scope(), torch.no_grad():
+        assert torch.isfinite(live.model(input_ids=torch.arange(1, 33)[None]).logits).all()
+
+
+def test_methods_of_one_slot_are_refused_together_whatever_the_model(folders):
+    shape = ModelShape.from_folder(folders["llama"])
+    with pytest.raises(CompositionError, match="both fill the weights slot"):
+        simulate(shape, GENERATE, (get("quamba")(), get("rtn")()))
 
 
 def test_a_compressed_folder_is_known_for_what_it_is(tmp_path, folders):

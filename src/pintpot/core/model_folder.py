@@ -11,15 +11,17 @@ import logging
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from pintpot.core import byte_planes
 from pintpot.core.errors import ModelFolderError
 from pintpot.core.shape import ModelShape
 
@@ -27,9 +29,15 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKSUMS = "checksums.json"
+"""The file with the checksum of each tensor, in folders that Pintpot wrote."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 MOST_HEADER_BYTES = 100_000_000
+STORAGE = "pintpot_storage"
+"""The key in a file's metadata that says how its tensors are stored, where not as they are."""
+PLANES = "byte-planes"
+"""What stands there when every tensor of the file is stored as ``byte_planes`` codes it."""
 CHECK_ELEMENTS = 1 << 22
 """Numbers that ``check_finite`` looks at together."""
 
@@ -60,7 +68,8 @@ class TensorEntry:
         dtype: as stored.
         shape: its sizes.
         offset: of its first byte in the file.
-        nbytes: its size in the file.
+        nbytes: its size in memory.
+        coded_bytes: its size in the file where it is stored as ``byte_planes`` codes it, and 0 where as it is.
     """
 
     name: str
@@ -69,21 +78,41 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    coded_bytes: int = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """Its size in the file."""
+        return self.coded_bytes or self.nbytes
+
+    def read_raw(self) -> bytearray:
+        """Its bytes as they are in the file.
+
+        Raises:
+            ModelFolderError: when the file has become shorter since it was checked.
+        """
+        data = bytearray(self.file_bytes)
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            if file.readinto(data) != len(data):
+                raise _corrupt(self.file, f"it ends inside the tensor {self.name}")
+        return data
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
 
         Raises:
-            ModelFolderError: when the file has become shorter since it was checked.
+            ModelFolderError: when the file has become shorter since it was checked, or what was coded is damaged.
         """
-        if self.nbytes == 0:
+        if self.file_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        data = bytearray(self.nbytes)
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            if file.readinto(data) != self.nbytes:
-                raise _corrupt(self.file, f"it ends inside the tensor {self.name}")
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+        data = self.read_raw()
+        if not self.coded_bytes:
+            return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+        try:
+            return byte_planes.decode(np.frombuffer(data, np.uint8), DTYPES)
+        except ModelFolderError as error:
+            raise _corrupt(self.file, f"{self.name}: {error.message}") from error
 
 
 @dataclass(frozen=True)
@@ -113,8 +142,18 @@ class ModelFolder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors in the files."""
+        """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors in the files; fewer than ``weight_bytes`` where they are stored coded."""
+        return sum(entry.file_bytes for entry in self.entries.values())
+
+    @property
+    def coded(self) -> bool:
+        """Whether the tensors are stored coded, without loss."""
+        return any(entry.coded_bytes for entry in self.entries.values())
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -247,7 +286,21 @@ def _weight_files(folder: Path, pickles: tuple[str, ...]) -> dict[Path, set[str]
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, checked against the file's size.
+    """The tensors of a safetensors file, checked against the file's size; coded ones as they are when decoded.
+
+    Raises:
+        ModelFolderError: when the file is truncated or corrupt, or coded in a way that is not known.
+    """
+    entries, storage = read_plain_header(file)
+    if storage not in (None, PLANES):
+        raise ModelFolderError(
+            f"{file} is stored as {storage!r}, which this version cannot read", hint="update pintpot"
+        )
+    return entries if storage is None else {name: _decoded_entry(entry) for name, entry in entries.items()}
+
+
+def read_plain_header(file: Path) -> tuple[dict[str, TensorEntry], str | None]:
+    """The tensors of a safetensors file as they lie there, and how they are coded, if they are.
 
     Raises:
         ModelFolderError: when the file is truncated or corrupt.
@@ -261,7 +314,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raw = handle.read(length)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        storage = (header.pop("__metadata__", None) or {}).get(STORAGE)
         entries = {name: _entry(file, name, data, 8 + length) for name, data in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(file, f"its header cannot be read ({error})") from error
@@ -272,12 +325,31 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         end += entry.nbytes
     if end != size:
         raise _corrupt(file, f"it has {size} bytes and its header calls for {end}")
-    return entries
+    return entries, storage
 
 
-def header_of(entries: Iterable[TensorEntry]) -> bytes:
-    """The header of a safetensors file of these tensors, whose bytes follow one another in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _decoded_entry(entry: TensorEntry) -> TensorEntry:
+    """What a tensor that is stored coded is when it is decoded; reads its beginning."""
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.offset)
+        start = handle.read(min(entry.nbytes, byte_planes.DESCRIPTION_BYTES))
+    try:
+        name, shape, _ = byte_planes.describe(start)
+        dtype = DTYPES[name]
+    except (ModelFolderError, KeyError) as error:
+        raise _corrupt(entry.file, f"{entry.name} is not a coded tensor") from error
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    return replace(entry, dtype=dtype, shape=shape, nbytes=nbytes, coded_bytes=entry.nbytes)
+
+
+def header_of(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header of a safetensors file of these tensors, whose bytes follow one another in this order.
+
+    Args:
+        entries: as they lie in the file (coded ones are bytes there).
+        metadata: beside the format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for entry in entries:
         span = [end, end + entry.nbytes]

@@ -44,6 +44,11 @@ OWN_ARCHITECTURES = {
 """Architectures that transformers does not have, and the module that registers each when it is imported."""
 
 
+def stored_only(quantization: Any) -> bool:
+    """Whether a quantization configuration only says how tensors are stored without loss: once read, all is dense."""
+    return isinstance(quantization, dict) and "storage" in quantization and quantization.get("technique") is None
+
+
 @dataclass(frozen=True)
 class ParameterShape:
     """One parameter of a model.
@@ -116,6 +121,8 @@ class ModelShape:
             raise ModelFolderError(
                 f"{file} is not valid JSON: {error}", hint="download or write the configuration again"
             ) from error
+        if isinstance(data, dict) and stored_only(data.get("quantization_config")):
+            del data["quantization_config"]
         own = OWN_ARCHITECTURES.get(str(data.get("model_type"))) if isinstance(data, dict) else None
         if own is not None:
             importlib.import_module(own)

@@ -120,6 +120,13 @@ class Technique:
         """The bytes moved and operations done with this technique, from those without it."""
         return work
 
+    def seconds_to_apply(self, shape: ModelShape, workload: Workload) -> float:
+        """About how long applying it takes at the start of a run, beyond loading the model; 0.0 where that is nothing.
+
+        The planner does not offer what takes long; named by the user, it is applied all the same.
+        """
+        return 0.0
+
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """Expected cost in quality: relative rise of perplexity (0.02 = 2 %), 0.0 for lossless methods."""
         return 0.0

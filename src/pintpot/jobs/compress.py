@@ -30,6 +30,7 @@ from pintpot.weights import CompressionReport, WeightMethod
 from pintpot.weights._base import Layout
 from pintpot.weights.allocation import Sized
 from pintpot.weights.forecast import layout_of, packed_change
+from pintpot.weights.storage import StorageMethod
 from pintpot.weights.streaming import plan_compression, write_compressed
 from pintpot.weights.trained import TrainedMethod
 
@@ -51,7 +52,7 @@ class Compressed:
     """
 
     folder: Path
-    method: WeightMethod
+    method: WeightMethod | StorageMethod
     report: CompressionReport
     source_bytes: int
     output_bytes: int
@@ -95,7 +96,8 @@ def compress(
     Args:
         model: a dense model folder.
         out: the folder to write; it must not exist.
-        techniques: an expression such as ``"gptq(bits=4)"``, or techniques; exactly one weights method. May be left
+        techniques: an expression such as ``"gptq(bits=4)"``, or techniques; exactly one weights method. One that
+            stores without loss takes a packed folder too. May be left
             out where a size is given: then the method with the least risk at that size is taken.
         plan: a plan to take the techniques from, instead of ``techniques``.
         size: most bytes of the output's tensors, such as ``"900MiB"``; formats are allocated to the parameters so that
@@ -123,6 +125,12 @@ def compress(
             hint="make a plan for this model",
         )
     start = time.monotonic()
+    if isinstance(method, StorageMethod):
+        if limit is not None:
+            raise CompositionError(f"{method.name} stores without loss, in no given size", hint="leave out --size")
+        with _bar(progress, f"storing {folder.name}") as step:
+            report = method.store_folder(folder, out, progress=step, check_disk=check_disk)
+        return Compressed(Path(out), method, report, report.dense_bytes, report.packed_bytes, time.monotonic() - start)
     if isinstance(method, TrainedMethod):
         if limit is not None:
             raise CompositionError(f"{method.name} has one size for a model", hint="leave out --size")
@@ -188,7 +196,7 @@ def _configurations(kind: type[Technique], shape: ModelShape) -> Iterable[Weight
     return (option for option in kind.options(shape, Compress()) if isinstance(option, WeightMethod))
 
 
-def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> WeightMethod:
+def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> WeightMethod | StorageMethod:
     if techniques is not None and plan is not None:
         raise CompositionError("both techniques and a plan were given", hint="give one of them")
     if plan is not None:
@@ -198,7 +206,7 @@ def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> 
     else:
         chosen = techniques or ()
     check(chosen, JOB)
-    methods = [technique for technique in chosen if isinstance(technique, WeightMethod)]
+    methods = [technique for technique in chosen if isinstance(technique, WeightMethod | StorageMethod)]
     if len(methods) != 1 or len(chosen) != 1:
         names = ", ".join(t.name for t in chosen) or "none"
         raise CompositionError(

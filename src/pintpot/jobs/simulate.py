@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from pintpot.core.ledger import Account, Ledger, Moment, Tier
 from pintpot.core.shape import ModelShape
+from pintpot.core.slots import check
 from pintpot.core.technique import Technique
 from pintpot.core.workload import Compress, Workload
 from pintpot.jobs.assemble import fake_build
@@ -23,6 +24,7 @@ def simulate(shape: ModelShape, workload: Workload, techniques: Iterable[Techniq
         CompositionError: when they cannot be used together, or not for this job.
     """
     chosen = tuple(techniques)
+    check(chosen, workload.job)
     before = _declared_load(shape, workload, chosen)
     if isinstance(workload, Compress):
         return before

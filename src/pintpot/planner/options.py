@@ -16,6 +16,9 @@ from pintpot.core.technique import Saving, Technique
 from pintpot.core.workload import WORKLOADS, Workload
 from pintpot.planner.problem import Composition, Problem, ordered
 
+PATIENCE_SECONDS = 5.0
+"""What applying a technique at the start of a run may take for the planner to offer it there."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -50,14 +53,16 @@ def candidates(
         reason = _unfit(kind, workload, exclude)
         if not reason:
             try:
-                found = tuple(kind.options(shape, workload))
+                offered = tuple(kind.options(shape, workload))
+                found = tuple(o for o in offered if o.seconds_to_apply(shape, workload) <= PATIENCE_SECONDS)
                 for option in found:
                     option.predict(baseline, shape, workload)
             except PintpotError as error:
                 reason = f"cannot be used on this model: {error.message}"
             else:
                 usable.update(dict.fromkeys(found))
-                reason = "" if found else "offers no configuration for this model and job"
+                nothing = "takes too long to apply in a run" if offered else "offers no configuration"
+                reason = "" if found else f"{nothing} for this model and job"
         if reason:
             rejected.append(Rejection(name, reason))
     return ordered(usable), tuple(rejected)

@@ -5,10 +5,47 @@ from pintpot.weights.formats import Dense, Format, Grid, LowRank, Scaled, Split,
 from pintpot.weights.load import load_and_compress, load_compressed
 from pintpot.weights.modules import CompressedExperts, CompressedLinear
 from pintpot.weights.quantizer import PintpotConfig, PintpotQuantizer
+from pintpot.weights.sorting import sort_terms_
 from pintpot.weights.streaming import compress_folder
 from pintpot.weights.undo import dequantize_
 
-TECHNIQUES: tuple[str, ...] = ("awq", "gptq", "rtn")
+TECHNIQUES: tuple[str, ...] = (
+    "adadim",
+    "awq",
+    "bipft",
+    "bitstack",
+    "blast",
+    "clover",
+    "decoupleq",
+    "denseshift",
+    "edkm",
+    "endor",
+    "flash_llm",
+    "flashsvd",
+    "gptq",
+    "gqsa",
+    "greenformers",
+    "i_vit",
+    "learnable_codebooks",
+    "loraprune",
+    "lord",
+    "low_rank_ctr",
+    "lpvit",
+    "luq",
+    "minifloat_ptq",
+    "mixllm",
+    "onebit",
+    "pams",
+    "q_bert",
+    "qfx_fixed_point",
+    "quamba",
+    "rtn",
+    "svdquant",
+    "vptq",
+    "welore",
+    "zeroquant_v2_lorc",
+    "zipnn",
+)
 
 __all__ = [
     "TECHNIQUES",
@@ -29,4 +66,5 @@ __all__ = [
     "dequantize_",
     "load_and_compress",
     "load_compressed",
+    "sort_terms_",
 ]

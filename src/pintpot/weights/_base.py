@@ -22,9 +22,11 @@ from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Workload
 from pintpot.weights.formats import Format, Tensors
+from pintpot.weights.ranked import RankedLayout
 from pintpot.weights.statistics import BlockCall, InputStatistics
 
 if TYPE_CHECKING:
+    from pintpot.weights.examined import Replaced
     from pintpot.weights.targets import Target
 
 Layout = Mapping[str, tuple[Format, ...]]
@@ -35,6 +37,10 @@ Evidence = Mapping[str, Mapping[str, Tensor]]
 
 Texts = Sequence[Tensor | Mapping[str, Tensor]]
 """What a model is run on to calibrate: batches of token ids int64 (B, T) without padding, or of any inputs by name."""
+
+
+SECONDS_A_NUMBER = 5e-6
+"""What finding a number's code takes a method that looks at activations, on two cores: hours for billions of them."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,32 @@ class WeightMethod(Technique):
     examines: ClassVar[bool] = False
     """Whether ``layout`` needs evidence, which a pass over the model with ``examine`` gathers before."""
 
+    looks_at_whole: ClassVar[bool] = False
+    """Whether the evidence comes from ``examine_model``, which needs the whole model in memory, and not from
+    ``examine``."""
+
     refines: ClassVar[bool] = False
     """Whether ``refine_block_`` changes a block after its weights were replaced."""
+
+    remembers: ClassVar[bool] = False
+    """Whether ``retrain_block_`` takes the place of ``refine_block_`` in a method that refines. The dense weights of a
+    block, and what an ``ExaminedLayout`` holds, stay in memory for it."""
+
+    rearranges: ClassVar[bool] = False
+    """Whether ``rearrange_block_`` changes a block before its weights are packed."""
+
+    corrects_bias: ClassVar[bool] = False
+    """Whether the mean error that packing makes in a layer's output is taken out of its bias, where it has one. Needs
+    the statistics of inputs."""
+
+    converts: ClassVar[bool] = False
+    """Whether ``converted_block`` gives other modules. Then folders are compressed with the packed model in memory."""
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """The kinds of models (``config.model_type``) that it is for; any where empty."""
+
+    drops: ClassVar[bool] = False
+    """Whether it drops directions or numbers, so that random weights, which have none to spare, do not come near."""
 
     @abstractmethod
     def terms(self, name: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Format, ...]:
@@ -102,6 +132,18 @@ class WeightMethod(Technique):
         """
         return {}
 
+    def examine_model(self, model: PreTrainedModel, targets: Sequence[Target], texts: Texts) -> Evidence:
+        """What ``layout`` must know that only the whole model tells: gradients of its loss, what its blocks give.
+
+        Called once, before anything is replaced, where the method ``examines`` and ``looks_at_whole``.
+
+        Args:
+            model: dense, all in memory, in evaluation mode. It must be left as it was.
+            targets: the parameters that can be replaced.
+            texts: what the model reads.
+        """
+        return {}
+
     def find(
         self, name: str, weight: Tensor, formats: tuple[Format, ...], inputs: InputStatistics | None = None
     ) -> tuple[Tensors, ...]:
@@ -124,6 +166,18 @@ class WeightMethod(Technique):
                 rest = rest - layout.decode(found[-1], rest.shape[-1], rest.dtype)
         return tuple(found)
 
+    @property
+    def works_on_blocks(self) -> bool:
+        """Whether a block's parameters must be in memory together when they are packed."""
+        return self.calibrated or self.refines or self.rearranges or self.converts
+
+    def rearrange_block_(self, block: nn.Module) -> None:
+        """Change a dense block so that it computes what it did, and is packed with less loss.
+
+        Args:
+            block: with dense weights. Its parameters keep their names, shapes and dtypes.
+        """
+
     def refine_block_(self, block: nn.Module, calls: Sequence[BlockCall], outputs: Sequence[Tensor]) -> None:
         """Change what a block holds so that its outputs come nearer to the dense block's.
 
@@ -132,6 +186,31 @@ class WeightMethod(Technique):
             calls: how the model calls it, once for each batch of texts.
             outputs: hidden states that the dense block gave for these calls.
         """
+
+    def retrain_block_(
+        self,
+        block: nn.Module,
+        calls: Sequence[BlockCall],
+        outputs: Sequence[Tensor],
+        replaced: Sequence[Replaced],
+    ) -> None:
+        """Do what ``refine_block_`` does, with the dense weights at hand, where the method ``remembers``.
+
+        Args:
+            block: with packed weights.
+            calls: how the model calls it, once for each batch of texts.
+            outputs: hidden states that the dense block gave for these calls.
+            replaced: its parameters that were packed.
+        """
+
+    def converted_block(self, block: nn.Module, calls: Sequence[BlockCall] = ()) -> nn.Module:
+        """What takes the place of a block when its weights are packed, where the method ``converts``.
+
+        Args:
+            block: with packed weights, whose parts may be taken over.
+            calls: how the model calls it. None where there are only shapes: then the structure is what counts.
+        """
+        return block
 
     def quantize_model_(self, model: PreTrainedModel, texts: Texts = ()) -> CompressionReport:
         """Replace the weights of a model in place, one matrix at a time.
@@ -200,6 +279,11 @@ class WeightMethod(Technique):
 
         return packed_work(self, work, shape, workload)
 
+    def seconds_to_apply(self, shape: ModelShape, workload: Workload) -> float:
+        """A rough figure for methods that look at activations: they are meant to be applied once, into a folder."""
+        ahead = workload.job == "compress" or not (self.works_on_blocks or self.examines)
+        return 0.0 if ahead else SECONDS_A_NUMBER * shape.numel
+
     def bits_a_weight(self, shape: ModelShape) -> float:
         """Stored bits for each number that is replaced, scales and all."""
         from pintpot.weights.forecast import stored_bits
@@ -213,11 +297,13 @@ class WeightMethod(Technique):
 
 
 def describe(layout: Layout) -> dict[str, Any]:
-    """A layout in JSON: every tuple of formats once, and its number for each parameter."""
+    """A layout in JSON: every tuple of formats once, and its number for each parameter; an order by their numbers."""
     kinds = list(dict.fromkeys(layout.values()))
+    places = {name: index for index, name in enumerate(layout)}
     return {
         "formats": [[layout_.to_dict() for layout_ in formats] for formats in kinds],
         "layout": {name: kinds.index(formats) for name, formats in layout.items()},
+        **({"order": [places[name] for name in layout.order]} if isinstance(layout, RankedLayout) else {}),
     }
 
 

@@ -26,19 +26,29 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
         hessian: mean of ``x x^T`` (I, I); not changed.
         damping: share of the mean of its diagonal that is added to the diagonal.
     """
-    damped = hessian.float().clone()
-    diagonal = damped.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean
+    mean = float(hessian.diagonal().mean()) or 1.0
+    added = 0.0
+
+    def damped() -> Tensor:
+        made = hessian.to(torch.float32, copy=True)
+        diagonal = made.diagonal()
+        diagonal[diagonal == 0] = mean
+        diagonal += added
+        return made
+
+    # Each of these matrices can be a large part of all memory in use: none outlives its need.
     while damping < MOST_DAMPING:
-        diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        added += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(damped())
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed and torch.isfinite(upper).all():
                 return upper
         damping *= 10
-    return torch.diag(diagonal.rsqrt())
+    return torch.diag(damped().diagonal().rsqrt())
 
 
 def compensate_(

@@ -23,6 +23,9 @@ MULTIPLYING = ("prefill", "decode", "forward", "backward")
 CALIBRATION_TOKENS = 4096
 """Tokens of texts whose hidden states are taken to be held while a model is calibrated block by block."""
 
+WHOLE_TOKENS = 2048
+"""Tokens of the batch that a whole model is taken to be differentiated on."""
+
 _KEPT: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {}
 _LAYOUTS: dict[tuple[str, torch.dtype, WeightMethod], Layout] = {}
 
@@ -54,10 +57,11 @@ def packed_change(shape: ModelShape, layout: Layout) -> int:
 
 
 def product_workspace(shape: ModelShape, layout: Layout) -> int:
-    """The most workspace that one product needs."""
+    """The most workspace that one product needs; the terms of a weight are multiplied one after the other."""
     return max(
-        sum(f.workspace(t.shape[-2], t.shape[-1], shape.dtype) for f in layout[t.parameter])
+        f.workspace(t.shape[-2], t.shape[-1], shape.dtype)
         for t in _kinds(replaced_in(shape, layout), layout)
+        for f in layout[t.parameter]
     )
 
 
@@ -74,7 +78,8 @@ def packed_ledger(method: WeightMethod, ledger: Ledger, shape: ModelShape, workl
     change, workspace = packed_change(shape, layout), product_workspace(shape, layout)
     loading = compression_peak(shape, method)
     if workload.job == "compress":
-        apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, loading)
+        whole = shape.weight_bytes + change if method.converts else 0
+        apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, loading + whole)
         return Ledger("predicted", (apply.with_bytes(Account.CHECKPOINT, shape.weight_bytes + change, Tier.DISK),))
     extra = {"load": loading, "apply": loading} | dict.fromkeys(MULTIPLYING, workspace)
     if isinstance(workload, Generate) and multiplies_packed(layout, workload.batch):
@@ -105,7 +110,8 @@ def compression_peak(shape: ModelShape, method: WeightMethod) -> int:
 
     Without calibration one dense parameter at a time; experts lie one by one in checkpoints, so that putting them
     together holds them twice. With it a block, dense and packed, the statistics of its inputs with two copies of the
-    largest (a factorisation), and the hidden states of the texts.
+    largest (a factorisation), and the hidden states of the texts. A method that looks at the whole model has all of it
+    in memory, and differentiates it.
     """
     layout = layout_of(shape, method)
     replaced = replaced_in(shape, layout)
@@ -119,7 +125,11 @@ def compression_peak(shape: ModelShape, method: WeightMethod) -> int:
     encoding = _encode_temporaries(shape.dtype) * together
     if not method.calibrated:
         return max(largest, others) + encoding
-    return _calibrated_peak(shape, layout, replaced) + encoding
+    peak = _calibrated_peak(shape, layout, replaced)
+    if method.looks_at_whole:
+        peak = max(peak, _whole_peak(shape, replaced))
+    # What is remembered is taken to be a number of 32 bits for each weight.
+    return peak + encoding + (4 * sum(t.numel for t in replaced) if method.remembers else 0)
 
 
 def _calibrated_peak(shape: ModelShape, layout: Layout, replaced: Sequence[Target]) -> int:
@@ -132,6 +142,20 @@ def _calibrated_peak(shape: ModelShape, layout: Layout, replaced: Sequence[Targe
     outside = sum(p.nbytes for p in shape.parameters if not p.block)
     hidden = CALIBRATION_TOKENS * shape.config.get_text_config().hidden_size * shape.dtype.itemsize
     return outside + max(blocks.values()) + max(statistics.values()) + factors + 2 * hidden
+
+
+def _whole_peak(shape: ModelShape, replaced: Sequence[Target]) -> int:
+    """The dense model, four copies of a block's matrices in 32 bits, and what a backward pass keeps of its texts.
+
+    That is taken to be the input and the output of each matrix, and the logits with two copies in 32 bits.
+    """
+    blocks: dict[str, int] = {}
+    for t in replaced:
+        blocks[t.block] = blocks.get(t.block, 0) + t.numel
+    sides = sum(t.shape[-1] + t.shape[-2] for t in replaced)
+    logits = shape.config.get_text_config().vocab_size * (shape.dtype.itemsize + 8)
+    kept = WHOLE_TOKENS * (sides * shape.dtype.itemsize + logits)
+    return shape.weight_bytes + 16 * max(blocks.values()) + kept
 
 
 def _encode_temporaries(dtype: torch.dtype) -> int:

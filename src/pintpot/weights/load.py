@@ -12,25 +12,35 @@ from pintpot.core.errors import ModelFolderError, PintpotError, UnsupportedModel
 from pintpot.core.model_folder import ModelFolder, check_finite, open_model
 from pintpot.core.shape import model_class
 from pintpot.weights._base import Texts, WeightMethod
+from pintpot.weights.fitting import fit
 from pintpot.weights.quantizer import FAILURES, QUANT_METHOD, PintpotConfig
 
 
-def load_compressed(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_compressed(
+    folder: str | Path, *, dtype: torch.dtype | None = None, size_bytes: int | None = None
+) -> PreTrainedModel:
     """Load a folder that ``compress_folder`` or ``save_pretrained`` wrote.
 
     Args:
         folder: the compressed folder.
         dtype: of the dense parameters and of computing; the folder's own by default.
+        size_bytes: most bytes of all tensors, where the folder's terms are ranked: those that are worth most are
+            loaded, as far as they fit, and the others are not read.
 
     Raises:
+        BudgetError: when the size is too small for the first terms.
+        CompositionError: when a size is given and the folder's terms are not ranked.
         ModelFolderError: when the folder is damaged, incomplete, or not compressed by Pintpot.
     """
     opened = open_model(folder)
-    if (opened.quantization or {}).get("quant_method") != QUANT_METHOD:
+    if (opened.quantization or {}).get("quant_method") != QUANT_METHOD and not opened.coded:
         raise ModelFolderError(
             f"{folder} is not a model that Pintpot compressed", hint="load it as it is, or run `pintpot compress` first"
         )
-    return _load(opened, dtype, None)
+    if size_bytes is None:
+        return _load(opened, dtype, None)
+    part = fit(opened, size_bytes, dtype)
+    return _load(part.opened, dtype, None, part.left_off)
 
 
 def load_and_compress(
@@ -51,11 +61,16 @@ def load_and_compress(
     """
     opened = open_model(folder)
     refuse_compressed(opened)
-    if method.calibrated or method.examines or method.refines:
+    if method.works_on_blocks or method.examines:
         # Imported here because that module writes folders too, which this one only reads.
         from pintpot.weights.folder_blocks import load_calibrated
 
         return load_calibrated(opened, method, texts, dtype)
+    if opened.coded:
+        raise UnsupportedModel(
+            f"{folder} is stored coded, and is not decoded and compressed at once",
+            hint="compress it into a new folder first (pintpot compress), and load that",
+        )
     return _load(opened, dtype, PintpotConfig.of(method))
 
 
@@ -72,9 +87,16 @@ def refuse_compressed(opened: ModelFolder) -> None:
         )
 
 
-def _load(opened: ModelFolder, dtype: torch.dtype | None, config: PintpotConfig | None) -> PreTrainedModel:
+def _load(
+    opened: ModelFolder,
+    dtype: torch.dtype | None,
+    config: PintpotConfig | None,
+    left_off: frozenset[str] = frozenset(),
+) -> PreTrainedModel:
     kind: Any = model_class(opened.config)
-    extra = {} if config is None else {"quantization_config": config}
+    extra: dict[str, Any] = {} if config is None else {"quantization_config": config}
+    if left_off:
+        extra["config"] = opened.config
     failures: list[PintpotError] = []
     token = FAILURES.set(failures)
     try:
@@ -95,6 +117,8 @@ def _load(opened: ModelFolder, dtype: torch.dtype | None, config: PintpotConfig 
         ) from error
     finally:
         FAILURES.reset(token)
+    if left_off:
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - left_off
     wrong = [f"{kind.replace('_', ' ')}: {_first(info[kind])}" for kind in _FAULTS if info.get(kind)]
     if wrong:
         raise ModelFolderError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.nn import functional
 
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.targets import Target
@@ -63,8 +64,16 @@ class PackedTerms(nn.Module):
 
     def multiply(self, input: Tensor, row: int | None = None) -> Tensor:
         """``input`` (..., I) times the transposed sum of terms: (..., O)."""
-        parts = [layout.matmul(input, tensors) for layout, tensors in self.stored(row)]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return _added(layout.matmul(input, tensors) for layout, tensors in self.stored(row))
+
+
+def _added(terms: Iterator[Tensor]) -> Tensor:
+    """The sum of terms in their dtype, in float32 on the way, with one term beside it in memory at a time."""
+    first = next(terms)
+    total = first
+    for term in terms:
+        total = total.to(torch.promote_types(first.dtype, torch.float32)) + term
+    return total.to(first.dtype)
 
 
 class CompressedLinear(PackedTerms, nn.Linear):
@@ -100,8 +109,7 @@ class CompressedLinear(PackedTerms, nn.Linear):
         stored = next(iter(self._buffers.values()))
         if stored is not None and (stored.is_meta or is_fake(stored)):
             return stored.new_empty((self.out_features, self.in_features), dtype=self.dtype)
-        parts = [layout.decode(tensors, self.in_features, self.dtype) for layout, tensors in self.stored()]
-        dense = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        dense = _added(layout.decode(tensors, self.in_features, self.dtype) for layout, tensors in self.stored())
         writable = dense.as_subclass(_WritableWeight)
         writable._owner = self
         return writable
@@ -124,6 +132,64 @@ class CompressedLinear(PackedTerms, nn.Linear):
         """The sizes and the terms."""
         terms = " + ".join(str(layout) for layout in self.formats)
         return f"in_features={self.in_features}, out_features={self.out_features}, {terms}"
+
+
+class CompressedConv2d(PackedTerms, nn.Conv2d):
+    """A convolution of one group whose weight (O, I * height * width) is a sum of packed terms.
+
+    Its product is that of the patches that the kernel sees, which for a moment take height * width times the input.
+
+    Args:
+        old: the dense convolution, whose sizes and bias it takes over.
+    """
+
+    def __init__(self, old: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        self.dtype = old.weight.dtype
+        for name in nn.Conv2d.__constants__:
+            setattr(self, name, getattr(old, name))
+        self.register_parameter("bias", old.bias)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantised weight (O, I, height, width), made anew at each access."""
+        columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+        dense = _added(layout.decode(tensors, columns, self.dtype) for layout, tensors in self.stored())
+        return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` (B, I, height, width) -> (B, O, height, width)."""
+        out = self.multiply(patches_of(self, input))
+        out = out if self.bias is None else out.add_(self.bias)
+        places = [
+            (input.shape[2 + a] + 2 * int(self.padding[a]) - self.dilation[a] * (self.kernel_size[a] - 1) - 1)
+            // self.stride[a]
+            + 1
+            for a in range(2)
+        ]
+        return out.transpose(1, 2).unflatten(-1, places)
+
+    def extra_repr(self) -> str:
+        """The sizes and the terms."""
+        terms = " + ".join(str(layout) for layout in self.formats)
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {terms}"
+
+
+def patches_of(convolution: nn.Conv2d, input: Tensor) -> Tensor:
+    """What a convolution's kernel sees at each place of its input (B, I, height, width): (B, places, columns)."""
+    patches = functional.unfold(
+        input,
+        convolution.kernel_size,
+        convolution.dilation,
+        convolution.padding,  # type: ignore[arg-type]  # never a word: such convolutions are left dense
+        convolution.stride,
+    )
+    return patches.transpose(1, 2)
+
+
+def rows_of(module: nn.Module, input: Tensor) -> Tensor:
+    """What a module multiplies its weight by (..., columns), given its input."""
+    return patches_of(module, input) if isinstance(module, nn.Conv2d) else input
 
 
 class PackedStack(PackedTerms):
@@ -169,15 +235,19 @@ class CompressedExperts(nn.Module):
 def place_(model: nn.Module, target: Target, formats: tuple[Format, ...], terms: tuple[Tensors, ...]) -> None:
     """Put packed terms in the place of a dense parameter; the dense parameter is dropped."""
     old = model.get_submodule(target.module)
-    if target.holder == target.module:
-        new: nn.Module = CompressedLinear(
+    new: nn.Module
+    if isinstance(old, nn.Conv2d):
+        new = CompressedConv2d(old)
+        new.hold(formats, terms)
+    elif target.holder == target.module:
+        new = CompressedLinear(
             target.shape[-1],
             target.shape[-2],
             old.bias,  # type: ignore[arg-type]
             old.weight.dtype,  # type: ignore[arg-type]
             target.transposed,
         )
-        new.hold(formats, terms)  # type: ignore[operator]
+        new.hold(formats, terms)
     elif isinstance(old, CompressedExperts):
         new = old
     else:

@@ -110,7 +110,7 @@ class PausedPass:
         self._stack = ExitStack()
 
     def __enter__(self) -> PausedPass:
-        self._stack.enter_context(_evaluating(self.model))
+        self._stack.enter_context(evaluating(self.model))
         self._stack.enter_context(_pausing(self.model, self.names))
         self._stack.callback(self._stop)
         try:
@@ -215,7 +215,7 @@ def _pausing(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode."""
     training = model.training
     try:

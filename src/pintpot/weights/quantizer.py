@@ -20,8 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pintpot.core import registry
 from pintpot.core.errors import CompositionError, ModelFolderError, PintpotError, UnsupportedModel
 from pintpot.weights._base import Layout, WeightMethod, describe
+from pintpot.weights.decoding import decoding, without_decoding
 from pintpot.weights.formats import format_from_dict
 from pintpot.weights.modules import place_
+from pintpot.weights.ranked import RankedLayout
 from pintpot.weights.targets import Target, find_targets
 from pintpot.weights.undo import dequantize_
 
@@ -39,13 +41,16 @@ class PintpotConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed model.
 
     Args:
-        technique: the registry key of the method.
+        technique: the registry key of the method. None where the weights are dense and only stored as ``storage``
+            says.
         parameters: its hyperparameters; absent ones have the technique's defaults.
         weight_dtype: of the weights when they were compressed; settles the formats. None while not compressed yet.
         format_version: of the layout on disk.
         quant_method: always ``"pintpot"``.
         formats: the formats that occur, as ``Format.to_dict`` describes them, in tuples of the terms of one weight.
         layout: the number of the tuple of each parameter that is replaced. Both None where the technique tells.
+        order: of a ranked layout, by the places of its parameters in ``layout``.
+        storage: the registry key of the method by which the files hold the tensors without loss, if not as they are.
 
     Raises:
         ModelFolderError: for a layout written by a newer version.
@@ -54,13 +59,15 @@ class PintpotConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        technique: str = "rtn",
+        technique: str | None = "rtn",
         parameters: dict[str, Any] | None = None,
         weight_dtype: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         formats: list[list[dict[str, Any]]] | None = None,
         layout: dict[str, int] | None = None,
+        order: list[int] | None = None,
+        storage: str | None = None,
     ) -> None:
         if quant_method != QUANT_METHOD or format_version not in READABLE:
             raise ModelFolderError(
@@ -73,8 +80,10 @@ class PintpotConfig(QuantizationConfigMixin):
         self.technique = technique
         self.parameters = dict(parameters or {})
         self.weight_dtype = weight_dtype
-        self.formats, self.layout = formats, layout
-        self.method()
+        self.formats, self.layout, self.order = formats, layout, order
+        self.storage = storage
+        if technique is not None:
+            self.method()
 
     @classmethod
     def of(
@@ -93,6 +102,8 @@ class PintpotConfig(QuantizationConfigMixin):
             "parameters": dict(self.parameters),
             "weight_dtype": self.weight_dtype,
             **({} if self.layout is None else {"formats": self.formats, "layout": self.layout}),
+            **({} if self.order is None else {"order": self.order}),
+            **({} if self.storage is None else {"storage": self.storage}),
         }
 
     def read_layout(self) -> Layout | None:
@@ -104,8 +115,10 @@ class PintpotConfig(QuantizationConfigMixin):
         if self.formats is None or self.layout is None:
             return None
         kinds = [tuple(format_from_dict(data) for data in formats) for formats in self.formats]
+        names = list(self.layout)
         try:
-            return {name: kinds[index] for name, index in self.layout.items()}
+            layout = {name: kinds[index] for name, index in self.layout.items()}
+            return layout if self.order is None else RankedLayout(layout, [names[place] for place in self.order])
         except IndexError as error:
             raise ModelFolderError(
                 "the quantization configuration names formats that it does not describe",
@@ -113,12 +126,14 @@ class PintpotConfig(QuantizationConfigMixin):
             ) from error
 
     def prepare_skeleton_(self, model: PreTrainedModel) -> None:
-        """Replace the weights of a dense skeleton by empty storage of the recorded formats."""
+        """Replace the weights of a dense skeleton by empty storage of the recorded formats, where there are some."""
+        if self.technique is None:
+            return
         self.method().prepare_skeleton_(model, dtype=self.dtype, layout=self.read_layout())
 
     def method(self) -> WeightMethod:
         """The method that the configuration names."""
-        built = registry.get(self.technique).build(self.parameters)
+        built = None if self.technique is None else registry.get(self.technique).build(self.parameters)
         if not isinstance(built, WeightMethod):
             raise UnsupportedModel(
                 f"{self.technique} does not compress weights",
@@ -173,7 +188,8 @@ class PintpotQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PintpotConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.method = quantization_config.method()
+        if quantization_config.technique is not None:
+            self.method = quantization_config.method()
         self.targets: dict[str, Target] = {}
         self.layout: Layout = {}
 
@@ -181,7 +197,7 @@ class PintpotQuantizer(HfQuantizer):
         if self.pre_quantized:
             self.quantization_config.prepare_skeleton_(model)
             return model
-        if self.method.calibrated or self.method.examines or self.method.refines:
+        if self.method.works_on_blocks or self.method.examines:
             raise CompositionError(
                 f"{self.method.name} looks at the whole model before it compresses, not at one parameter as it arrives",
                 hint="use pintpot.weights.load_and_compress(folder, method, texts=...), or compress the folder first",
@@ -191,6 +207,21 @@ class PintpotQuantizer(HfQuantizer):
         self.targets = {t.parameter: t for t in targets if t.parameter in self.layout}
         own = PintpotConfig.of(self.method, targets[0].dtype, self.layout)
         self.quantization_config.__dict__.update(own.__dict__)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The rules that make parameters of what the files hold, with decoding first where the files are coded."""
+        rules = super().update_weight_conversions(weight_conversions, model)
+        return rules if self.quantization_config.storage is None else decoding(rules)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # What was loaded is not coded any more, and is saved like any other model.
+        if self.quantization_config.storage is not None:
+            self.quantization_config.storage = None
+            rules: Any = model._weight_conversions
+            model.__dict__["_weight_conversions"] = without_decoding(rules)
+        if self.quantization_config.technique is None:
+            self.remove_quantization_config(model)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from pintpot.core.shape import block_names
 from pintpot.weights._base import CompressionReport, Evidence, Layout, Texts, WeightMethod
-from pintpot.weights.modules import place_
-from pintpot.weights.paused import PausedPass, hidden_of
+from pintpot.weights.examined import ExaminedLayout, Replaced
+from pintpot.weights.modules import place_, rows_of
+from pintpot.weights.paused import PausedPass, evaluating, hidden_of
 from pintpot.weights.statistics import InputStatistics, InputWatch, Seen, watching
 from pintpot.weights.targets import Target, find_targets
 
@@ -38,6 +40,9 @@ def empty_(
     for target, weight in _weights(model, targets, layout):
         formats = layout[target.parameter]
         place_(model, target, formats, target.empty(formats, weight))
+    if method.converts:
+        for name in block_names(model):
+            model.set_submodule(name, method.converted_block(model.get_submodule(name)))
     return report_of(layout, targets, dense)
 
 
@@ -56,7 +61,7 @@ def compress_(
     """Replace the weights of a model in memory by packed terms; see ``quantize_model_``."""
     targets, dense = find_targets(model)
     layout = method.layout(targets, examine(model, method, targets, texts) if method.examines else None)
-    if method.calibrated or method.refines:
+    if method.works_on_blocks:
         for name in compressed_blocks(model, method, layout, targets, texts):
             if step is not None:
                 step(name)
@@ -81,6 +86,8 @@ def compressed_blocks(
 ) -> Iterator[str]:
     """Compress a model's blocks in the order of its forward pass, each on what the compressed ones before it give.
 
+    A method that needs no activations compresses them in the order of the model, and none is run.
+
     Args:
         model: its blocks may be empty until ``prepare_`` has seen them.
         method: how.
@@ -93,6 +100,12 @@ def compressed_blocks(
         the name of each block when it is packed and will not be run again.
     """
     by_block = _by_block(targets, layout)
+    if not (method.calibrated or method.refines):
+        for name in block_names(model):
+            if prepare_(name):
+                _compress_block_(model, name, method, layout, by_block[name])
+            yield name
+        return
     with PausedPass(model, texts) as paused:
         for name in paused:
             if prepare_(name):
@@ -110,20 +123,52 @@ def _by_block(targets: Sequence[Target], layout: Layout) -> dict[str, list[Targe
 
 
 def _compress_block_(
-    model: nn.Module, name: str, method: WeightMethod, layout: Layout, targets: Sequence[Target], paused: PausedPass
+    model: nn.Module,
+    name: str,
+    method: WeightMethod,
+    layout: Layout,
+    targets: Sequence[Target],
+    paused: PausedPass | None = None,
 ) -> None:
     block = model.get_submodule(name)
+    if method.rearranges:
+        method.rearrange_block_(block)
     outputs: list[Tensor] = []
     seen: Seen = {}
-    if targets and (method.calibrated or method.refines):
+    replaced: list[Replaced] = []
+    if targets and paused is not None:
         seen, outputs = observe(model, name, targets, paused, keep_outputs=method.refines)
     for target, weight in _weights(model, targets, layout):
         formats = layout[target.parameter]
         place_(model, target, formats, target.encode(method, formats, weight, seen.get(target.parameter)))
+        if method.corrects_bias and seen:
+            _correct_bias_(model.get_submodule(target.holder), target.rows(weight), seen[target.parameter][0])
+        if method.remembers:
+            replaced.append(_replaced(model, target, weight, layout))
         del weight
-    if method.refines:
+    if method.refines and paused is not None:
         seen.clear()
-        method.refine_block_(block, paused.calls, outputs)
+        if method.remembers:
+            method.retrain_block_(block, paused.calls, outputs, replaced)
+        else:
+            method.refine_block_(block, paused.calls, outputs)
+    if method.converts:
+        model.set_submodule(name, method.converted_block(block, paused.calls if paused is not None else ()))
+
+
+def _replaced(model: nn.Module, target: Target, weight: Tensor, layout: Layout) -> Replaced:
+    holder = model.get_submodule(target.holder)
+    evidence = layout.evidence.get(target.parameter, {}) if isinstance(layout, ExaminedLayout) else {}
+    return Replaced(holder, target.rows(weight), evidence)  # type: ignore[arg-type]  # placed a moment ago
+
+
+def _correct_bias_(packed: nn.Module, dense: Tensor, inputs: InputStatistics | None) -> None:
+    """Add the mean of what a layer's output (O,) lacks to its bias."""
+    bias = getattr(packed, "bias", None)
+    if isinstance(bias, Tensor) and inputs is not None:
+        held: Tensor = packed.weight.detach()  # type: ignore[operator]  # a packed layer's, made anew
+        difference = dense.float() - held.as_subclass(Tensor).reshape(dense.shape).float()
+        bias.detach().add_((difference @ inputs.mean).to(bias.dtype))
 
 
 @torch.no_grad()
@@ -145,6 +190,15 @@ def examine(
         prepare_: called before a block is looked at.
         done_: called when a block will not be needed again.
     """
+    if method.looks_at_whole:
+        for name in block_names(model):
+            prepare_(name)
+        with evaluating(model):
+            evidence = method.examine_model(model, targets, texts)
+        for name in block_names(model):
+            if done_ is not None:
+                done_(name)
+        return evidence
     found: dict[str, dict[str, Tensor]] = {}
 
     def ask(target: Target, seen: Sequence[InputStatistics | None]) -> None:
@@ -213,7 +267,7 @@ def _keys(target: Target) -> list[str]:
 
 def _watch_linear(target: Target, watch: InputWatch) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        watch.take(target.parameter, args[0])
+        watch.take(target.parameter, rows_of(module, args[0]))
 
     return hook
 

@@ -69,9 +69,22 @@ def plan_shards(steps: Iterable[tuple[Origin, tuple[TensorPlan, ...]]], shard_by
     )
 
 
+@dataclass(frozen=True)
+class WrittenShard:
+    """The checksums of a file that was written.
+
+    Attributes:
+        digest: the file's SHA-256.
+        tensors: the SHA-256 of the bytes of each of its tensors.
+    """
+
+    digest: str
+    tensors: dict[str, str]
+
+
 def write_shard(
     file: Path, shard: Shard, load: Callable[[Origin], dict[str, Tensor]], step: Callable[[int], None]
-) -> str:
+) -> WrittenShard:
     """Write a shard under a temporary name, one origin in memory at a time, and rename it when it is complete.
 
     Args:
@@ -80,15 +93,13 @@ def write_shard(
         load: gives the tensors of an origin, by name.
         step: told the source bytes of the shard that are done.
 
-    Returns:
-        The file's SHA-256.
-
     Raises:
         ShapeError: when ``load`` gives a tensor that is not as planned.
     """
     header = header_of(TensorEntry(p.name, file, p.dtype, p.shape, 0, p.nbytes) for p in shard.plans)
     digest = hashlib.sha256()
     temporary = file.with_name(file.name + PARTIAL)
+    tensor_digests: dict[str, str] = {}
     done = 0
     with temporary.open("wb") as handle:
         handle.write(header)
@@ -99,13 +110,14 @@ def write_shard(
                 data = _raw(plan, tensors.pop(plan.name))
                 handle.write(data)
                 digest.update(data)
+                tensor_digests[plan.name] = hashlib.sha256(data).hexdigest()
             done += origin.nbytes
             step(done)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(file)
     fsync_folder(file.parent)
-    return digest.hexdigest()
+    return WrittenShard(digest.hexdigest(), tensor_digests)
 
 
 def _raw(plan: TensorPlan, tensor: Tensor) -> bytes | memoryview:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,12 +25,14 @@ from pintpot.core.files import new_folder, refuse_existing, require_disk, write_
 from pintpot.core.model_folder import INDEX, ModelFolder, open_model
 from pintpot.core.parameter_map import Origin, map_parameters
 from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod, describe
-from pintpot.weights.folder_blocks import calibrated_blocks, examine_folder
+from pintpot.weights.companions import companion_bytes, copy_companions
+from pintpot.weights.folder_blocks import calibrated_blocks, examine_folder, load_calibrated
 from pintpot.weights.formats import Tensors
+from pintpot.weights.integrity import write_checksums
 from pintpot.weights.load import refuse_compressed
 from pintpot.weights.quantizer import PintpotConfig
 from pintpot.weights.replace import report_of
-from pintpot.weights.shards import Shard, TensorPlan, file_digest, plan_shards, write_shard
+from pintpot.weights.shards import Shard, TensorPlan, WrittenShard, file_digest, plan_shards, write_shard
 from pintpot.weights.targets import Target, find_targets
 
 SHARD_BYTES = 512 << 20
@@ -39,9 +40,6 @@ SHARD_BYTES = 512 << 20
 
 RECORD = "compress.json"
 """Which run the unfinished folder belongs to, and the checksums of the shards that are done."""
-
-COPIED = (".json", ".jinja", ".model", ".txt", ".md")
-"""Endings of the files beside the weights (tokenizer, generation settings, model card) that are copied."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the source that are done, and the bytes of all."""
@@ -189,14 +187,16 @@ def write_compressed(
     check_disk: bool = True,
 ) -> CompressionReport:
     """Do what was planned; see ``compress_folder``."""
+    if plan.method.converts:
+        return _write_converted(plan, out, texts)
     if check_disk:
-        require_disk(out, plan.output_bytes + _copied_bytes(plan.source.path))
+        require_disk(out, plan.output_bytes + companion_bytes(plan.source.path))
     total, done = sum(shard.source_bytes for shard in plan.shards), 0
     with new_folder(out, resume=True) as partial, ExitStack() as stack:
-        digests = _open_record(partial, plan)
-        finished = _finished(partial, plan, digests)
+        written = _open_record(partial, plan)
+        finished = _finished(partial, plan, written)
         load: Callable[[Origin], dict[str, Tensor]] = partial_(_encoded, plan=plan)
-        if (plan.method.calibrated or plan.method.refines) and len(finished) < len(plan.shards):
+        if plan.method.works_on_blocks and len(finished) < len(plan.shards):
             load = stack.enter_context(calibrated_blocks(plan, texts, [partial / name for name in finished]))
         for shard in plan.shards:
             if shard.name not in finished:
@@ -205,20 +205,21 @@ def write_compressed(
                     if progress is not None:
                         progress(before + size, total)
 
-                digests[shard.name] = write_shard(partial / shard.name, shard, load, step)
-                _write_record(partial, plan, digests)
+                written[shard.name] = write_shard(partial / shard.name, shard, load, step)
+                _write_record(partial, plan, written)
             done += shard.source_bytes
             if progress is not None:
                 progress(done, total)
         _write_companions(partial, plan)
+        write_checksums(partial, {name: digest for w in written.values() for name, digest in w.tensors.items()})
         (partial / RECORD).unlink()
     return plan.report
 
 
-def _finished(partial: Path, plan: CompressionPlan, digests: Mapping[str, str]) -> list[str]:
+def _finished(partial: Path, plan: CompressionPlan, written: Mapping[str, WrittenShard]) -> list[str]:
     """The output files of an earlier run that are complete and unharmed."""
-    files = [(shard.name, partial / shard.name) for shard in plan.shards if shard.name in digests]
-    return [name for name, file in files if file.is_file() and file_digest(file) == digests[name]]
+    files = [(shard.name, partial / shard.name) for shard in plan.shards if shard.name in written]
+    return [name for name, file in files if file.is_file() and file_digest(file) == written[name].digest]
 
 
 @torch.no_grad()
@@ -236,7 +237,7 @@ def _encoded(origin: Origin, plan: CompressionPlan) -> dict[str, Tensor]:
     return made
 
 
-def _open_record(partial: Path, plan: CompressionPlan) -> dict[str, str]:
+def _open_record(partial: Path, plan: CompressionPlan) -> dict[str, WrittenShard]:
     """The checksums of the finished shards of an unfinished run, after checking that it is the same run."""
     file = partial / RECORD
     if not file.is_file():
@@ -253,20 +254,12 @@ def _open_record(partial: Path, plan: CompressionPlan) -> dict[str, str]:
             f"{partial} is the unfinished compression of another model, or with other settings",
             hint="remove it to start anew, or give the same arguments as before to finish it",
         )
-    return dict(record["shards"])
+    return {name: WrittenShard(**shard) for name, shard in record["shards"].items()}
 
 
-def _write_record(partial: Path, plan: CompressionPlan, digests: dict[str, str]) -> None:
-    write_atomic(partial / RECORD, json.dumps({"run": plan.digest(), "shards": digests}, indent=1))
-
-
-def _companions(source: Path) -> list[Path]:
-    own = {"config.json", INDEX}
-    return [f for f in sorted(source.iterdir()) if f.is_file() and f.suffix in COPIED and f.name not in own]
-
-
-def _copied_bytes(source: Path) -> int:
-    return sum(file.stat().st_size for file in _companions(source)) + (1 << 20)
+def _write_record(partial: Path, plan: CompressionPlan, written: Mapping[str, WrittenShard]) -> None:
+    shards = {name: asdict(shard) for name, shard in written.items()}
+    write_atomic(partial / RECORD, json.dumps({"run": plan.digest(), "shards": shards}, indent=1))
 
 
 def _write_companions(partial: Path, plan: CompressionPlan) -> None:
@@ -282,19 +275,19 @@ def _write_companions(partial: Path, plan: CompressionPlan) -> None:
     config.pop("torch_dtype", None)
     config["quantization_config"] = PintpotConfig.of(plan.method, plan.source.dtype, plan.layout).to_dict()
     write_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    for file in _companions(source):
-        if file.name != "README.md":
-            shutil.copyfile(file, partial / file.name)
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card.is_file() else ""
-    write_atomic(partial / "README.md", text + _card(plan))
+    _copy_companions(partial, plan)
 
 
-def _card(plan: CompressionPlan) -> str:
-    return (
-        f"# Compressed with Pintpot\n\nWeights: `{plan.method}`, "
-        f"{plan.report.dense_bytes} bytes of matrices in {plan.report.packed_bytes}. To load:\n\n"
-        "```python\nimport pintpot.weights  # registers the format with transformers\n"
-        "from transformers import AutoModelForCausalLM\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")\n```\n'
-    )
+def _copy_companions(partial: Path, plan: CompressionPlan) -> None:
+    report = plan.report
+    made = f"Weights: `{plan.method}`, {report.dense_bytes} bytes of matrices in {report.packed_bytes}."
+    copy_companions(plan.source.path, partial, "Compressed with Pintpot", made)
+
+
+def _write_converted(plan: CompressionPlan, out: str | Path, texts: Texts) -> CompressionReport:
+    """With the packed model in memory: converted blocks hold more than the plan names."""
+    model = load_calibrated(plan.source, plan.method, texts)
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+        _copy_companions(partial, plan)
+    return plan.report

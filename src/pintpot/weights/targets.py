@@ -1,10 +1,10 @@
-"""The parameters of a model that a method replaces: the matrices of linear layers and experts inside the blocks."""
+"""The parameters of a model that a method replaces: of linear layers, convolutions and experts inside the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,11 @@ class Target:
         parameter: its name in the dense model.
         module: the module that is replaced.
         holder: the module that holds the packed terms afterwards.
-        shape: (O, I), or (E, O, I) for experts.
+        shape: (O, I), or (E, O, I) for experts; a convolution's in-features are its channels times its kernel.
         transposed: the dense parameter is stored as (I, O).
         dtype: of the dense parameter when it is compressed, which settles the formats.
         block: the block that it is in.
+        head_dim: the width of a head, where the layer is one of an attention; else 0.
     """
 
     parameter: str
@@ -43,6 +44,7 @@ class Target:
     transposed: bool
     dtype: torch.dtype
     block: str = ""
+    head_dim: int = 0
 
     @property
     def matrices(self) -> int:
@@ -53,6 +55,10 @@ class Target:
     def numel(self) -> int:
         """Number of elements."""
         return int(torch.Size(self.shape).numel())
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The dense parameter's numbers in the order of ``shape``."""
+        return weight.t() if self.transposed else weight.reshape(self.shape)
 
     def encode(
         self,
@@ -72,7 +78,7 @@ class Target:
         Raises:
             ModelFolderError: when the parameter holds NaN or Inf.
         """
-        dense = weight.t() if self.transposed else weight
+        dense = self.rows(weight)
         if not (weight.is_meta or is_fake(weight)):
             check_finite(self.parameter, dense)
         if len(self.shape) == 2:
@@ -127,7 +133,12 @@ def find_targets(
         if type(module) is nn.Linear or type(module) is Conv1D:
             weight, transposed = module.weight, type(module) is Conv1D
             shape = tuple(weight.shape[::-1] if transposed else weight.shape)
-            targets.append(Target(f"{name}.weight", name, name, shape, transposed, dtype or weight.dtype, block))
+            width = head_width(model.get_submodule(name.rpartition(".")[0]))
+            targets.append(Target(f"{name}.weight", name, name, shape, transposed, dtype or weight.dtype, block, width))
+        elif is_plain_convolution(module):
+            weight = module.weight
+            shape = (weight.shape[0], weight[0].numel())
+            targets.append(Target(f"{name}.weight", name, name, shape, False, dtype or weight.dtype, block))
         elif isinstance(module, nn.Linear | Conv1D):
             refused.append(f"{name} ({type(module).__name__})")
         elif is_plain_experts(module):
@@ -149,8 +160,20 @@ def find_targets(
     return tuple(targets), tuple(dense)
 
 
+def head_width(attention: nn.Module) -> int:
+    """The width of the heads of an attention; 0 for other modules."""
+    widths = (getattr(attention, name, 0) for name in ("head_dim", "key_value_proj_dim"))
+    return next((width for width in widths if isinstance(width, int) and width), 0)
+
+
 def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() >= 2)
+
+
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a convolution that is the product of a matrix with patches of its input."""
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    return plain and not isinstance(module.padding, str)
 
 
 def is_plain_experts(module: nn.Module) -> bool:

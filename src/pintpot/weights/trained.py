@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class StandIn(nn.Module):
         """What the input becomes before the product; itself unless overridden."""
         return input
 
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """``input`` (..., I) -> (..., O); overridden where the terms of the weight take different inputs."""
+        return functional.linear(self.input(input), self.weight().to(input.dtype), bias)
+
     def follow_(self, progress: float) -> None:
         """Called after each update with the share of the training that is done, for schedules."""
 
@@ -74,7 +78,32 @@ class TrainedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` (..., I) -> (..., O)."""
-        return functional.linear(self.stand_in.input(input), self.weight.to(input.dtype), self.bias)
+        return self.stand_in.product(input, self.bias)
+
+
+class TrainedConv2d(nn.Conv2d):
+    """A convolution of one group whose weight (O, I * height * width) is a stand-in.
+
+    Args:
+        stand_in: of the weight.
+        old: the dense convolution, whose sizes and bias it takes over.
+    """
+
+    def __init__(self, stand_in: StandIn, old: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        for name in nn.Conv2d.__constants__:
+            setattr(self, name, getattr(old, name))
+        self.stand_in = stand_in
+        self.register_parameter("bias", old.bias)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The numbers (O, I, height, width) as they are now."""
+        return self.stand_in.weight().view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` (B, I, height, width) -> (B, O, height, width)."""
+        return self._conv_forward(self.stand_in.input(input), self.weight.to(input.dtype), self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +157,14 @@ class TrainedMethod(WeightMethod):
             if target.parameter in layout:
                 old = model.get_submodule(target.module)
                 weight = model.get_parameter(target.parameter).detach()
-                dense = weight.t().contiguous() if target.transposed else weight
+                dense = weight.t().contiguous() if target.transposed else weight.reshape(target.shape)
                 stand_in = self.stand_in(target.parameter, dense, layout[target.parameter])
                 bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
-                new = TrainedLinear(stand_in, target.shape[-1], target.shape[-2], bias)
+                new: nn.Module
+                if isinstance(old, nn.Conv2d):
+                    new = TrainedConv2d(stand_in, old)
+                else:
+                    new = TrainedLinear(stand_in, target.shape[-1], target.shape[-2], bias)
                 model.set_submodule(target.module, new.train(old.training))
         return layout
 
@@ -151,7 +184,7 @@ class TrainedMethod(WeightMethod):
         for target in targets:
             if target.parameter in layout:
                 trained = model.get_submodule(target.module)
-                assert isinstance(trained, TrainedLinear)
+                assert isinstance(trained, TrainedLinear | TrainedConv2d)
                 formats = layout[target.parameter]
                 terms = trained.stand_in.terms(formats)
                 _pack_(model, target, trained, formats, terms)
@@ -171,6 +204,22 @@ class TrainedMethod(WeightMethod):
         return None
 
 
+def round_through(numbers: Tensor) -> Tensor:
+    """The nearest integers, with the gradient passed straight through."""
+    rounded: Tensor = _Round.apply(numbers)
+    return rounded
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor) -> Tensor:
+        return numbers.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
 def stand_ins(model: nn.Module) -> Iterator[StandIn]:
     """All stand-ins of a model that is being trained."""
     return (module for module in model.modules() if isinstance(module, StandIn))
@@ -183,9 +232,19 @@ def follow_(model: nn.Module, progress: float) -> None:
 
 
 def _pack_(
-    model: nn.Module, target: Target, trained: TrainedLinear, formats: tuple[Format, ...], terms: tuple[Tensors, ...]
+    model: nn.Module,
+    target: Target,
+    trained: TrainedLinear | TrainedConv2d,
+    formats: tuple[Format, ...],
+    terms: tuple[Tensors, ...],
 ) -> None:
-    dense = nn.Linear(0, 0, bias=False, dtype=trained.weight.dtype)
-    dense.register_parameter("bias", trained.bias)
+    dense: nn.Module
+    if isinstance(trained, TrainedConv2d):
+        dense = nn.Conv2d(1, 1, 1, device="meta", dtype=trained.weight.dtype)
+        for name in nn.Conv2d.__constants__:
+            setattr(dense, name, getattr(trained, name))
+    else:
+        dense = nn.Linear(0, 0, bias=False, dtype=trained.weight.dtype)
+    dense.register_parameter("bias", trained.bias)  # type: ignore[arg-type]
     model.set_submodule(target.module, dense.train(trained.training))
     place_(model, target, formats, terms)
