@@ -31,8 +31,8 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Generate, Workload
 
-RISK_AT_HALF = 0.09
-"""When half of the tokens are gone: a guess. Perplexity hardly rises; what was said before the window is lost."""
+RISK_AT_HALF = 0.087
+"""When half of the tokens are gone, from results/cache.csv: 0.007 of perplexity, and a fifth of the recall lost."""
 
 
 @technique(
