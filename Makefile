@@ -35,7 +35,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> Running the tests (some minutes on 2 cores)"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 
 lint: $(STAMP)
 	@echo "==> ruff"

@@ -9,6 +9,8 @@ from pintpot.weights.formats import (
     FORMATS,
     Codebook,
     Dense,
+    Float8Input,
+    Float8Scales,
     Format,
     Grid,
     GroupOffset,
@@ -48,6 +50,8 @@ EXAMPLES: tuple[Format, ...] = (
     Leading(inner=Grid(bits=4, group_size=8), size=16, kept=10, inputs=True),
     LowRank(rank=4),
     RoundedInput(inner=Grid(bits=4, group_size=32), bits=8),
+    Float8Input(inner=Grid(bits=4, group_size=32)),
+    Float8Scales(bits=4, group_size=24),
     Rotated(inner=Grid(bits=4, group_size=32), block=32),
     Rotated(inner=StaticInput(inner=Scaled(inner=Grid(bits=4, group_size=32))), block=64),
     StaticInput(inner=Grid(bits=4, group_size=32)),
@@ -101,7 +105,7 @@ class TestFormat:
             input = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
             out = layout.matmul(input, stored)
             assert out.dtype is dtype
-            rounds_input = isinstance(layout, RoundedInput)
+            rounds_input = isinstance(layout, RoundedInput | Float8Input)
             limit = 1e-4 if dtype is torch.float32 and not rounds_input else 0.03
             assert (out.double() - input.double() @ dense.T).norm() < limit * (input.double().norm() * dense.norm())
 

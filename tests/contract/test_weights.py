@@ -17,6 +17,7 @@ from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Generate
 from pintpot.weights import WeightMethod, compress_folder, load_and_compress, load_compressed
+from pintpot.weights.formats import Float8Input
 from pintpot.weights.modules import PackedTerms
 from pintpot.weights.trained import TrainedMethod
 from tests.architectures import TINY, tiny_config, tiny_model
@@ -58,6 +59,11 @@ def packed_bytes(model) -> int:
     return sum(b.nbytes for m in holders for b in m.buffers(recurse=False))
 
 
+def formats_in(model) -> str:
+    """The formats of all packed weights, in words."""
+    return str([layout.to_dict() for m in model.modules() if isinstance(m, PackedTerms) for layout in m.formats])
+
+
 def method_of(name: str):
     """A safe configuration, in groups that fit tiny models."""
     kind = techniques("weights")[name]
@@ -95,8 +101,8 @@ def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, t
     assert torch.isfinite(in_place).all()
     if method.bits_a_weight(ModelShape.from_config(tiny_config(architecture))) > 7 and not method.drops:
         # Random weights in 8 bits: an error of at most 1/255 of a group's range a weight, over 2 or 3 layers. What is
-        # to be trained may start further away.
-        limit = 0.1 if isinstance(method, TrainedMethod) else 0.05
+        # to be trained may start further away, and inputs in 8-bit floats are wrong by up to 1/16 each.
+        limit = 0.1 if isinstance(method, TrainedMethod) or Float8Input.kind in formats_in(model) else 0.05
         assert (in_place - dense).abs().max() < limit * dense.abs().max()
 
 

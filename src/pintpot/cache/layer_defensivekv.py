@@ -43,7 +43,7 @@ from pintpot.core.technique import Claim, Source, technique
 class LayerDefensiveKV(DefensiveKV, LayerKeep):
     """Layer budgets by how many of the highest risks of all layers are a layer's own; fields as ``DefensiveKV``."""
 
-    # From the rows in results/cache.csv: hardly more perplexity; of the recall that is lost below a half a fifth counts.
+    # From the rows in results/cache.csv: hardly more perplexity; a fifth of the lost recall counts.
     risk_at_half: ClassVar[float] = 0.047
 
     def preference(self, seen: Seen) -> float:

@@ -171,11 +171,12 @@ class WeightMethod(Technique):
         """Whether a block's parameters must be in memory together when they are packed."""
         return self.calibrated or self.refines or self.rearranges or self.converts
 
-    def rearrange_block_(self, block: nn.Module) -> None:
+    def rearrange_block_(self, block: nn.Module, calls: Sequence[BlockCall] = ()) -> None:
         """Change a dense block so that it computes what it did, and is packed with less loss.
 
         Args:
             block: with dense weights. Its parameters keep their names, shapes and dtypes.
+            calls: how the model calls it, where the method is calibrated or refines.
         """
 
     def refine_block_(self, block: nn.Module, calls: Sequence[BlockCall], outputs: Sequence[Tensor]) -> None:

@@ -33,6 +33,7 @@ from pintpot.core.workload import Workload
 from pintpot.weights._base import Evidence, Layout, WeightMethod, risk_between
 from pintpot.weights.factorised import kept_share
 from pintpot.weights.formats import Dense, Format, Leading
+from pintpot.weights.statistics import BlockCall
 from pintpot.weights.targets import Target, head_width
 
 RISES = ((15.8, 0.035), (15.5, 0.1), (15.1, 0.44), (14.6, 2.0))
@@ -156,7 +157,7 @@ class Clover(WeightMethod):
         return layout
 
     @torch.no_grad()
-    def rearrange_block_(self, block: nn.Module) -> None:
+    def rearrange_block_(self, block: nn.Module, calls: Sequence[BlockCall] = ()) -> None:
         """Order the directions of every head by what they carry; the block computes what it did."""
         for module in block.modules():
             children = {name for name, child in module.named_children() if hasattr(child, "weight")}

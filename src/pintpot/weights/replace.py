@@ -132,7 +132,7 @@ def _compress_block_(
 ) -> None:
     block = model.get_submodule(name)
     if method.rearranges:
-        method.rearrange_block_(block)
+        method.rearrange_block_(block, paused.calls if paused is not None else ())
     outputs: list[Tensor] = []
     seen: Seen = {}
     replaced: list[Replaced] = []

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pintpot.core.errors import DataError
 
@@ -22,6 +24,18 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def samples(self) -> Iterator[BlockCall]:
+        """The same for one sequence at a time; tensors of the hidden states' first dimension (no vectors) are cut."""
+        count = next(t.shape[0] for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim() > 1)
+
+        def cut(value: Any, index: int) -> Any:
+            own = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == count
+            return value[index : index + 1] if own else value
+
+        for index in range(count):
+            args, kwargs = tree_map(partial(cut, index=index), (self.args, self.kwargs))
+            yield BlockCall(args, kwargs)
 
 
 @dataclass

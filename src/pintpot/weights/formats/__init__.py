@@ -3,6 +3,8 @@
 from pintpot.weights.formats._base import FORMATS, Format, Storage, Tensors, file_name, format_from_dict
 from pintpot.weights.formats.codebook import Codebook
 from pintpot.weights.formats.dense import Dense
+from pintpot.weights.formats.float8_input import Float8Input
+from pintpot.weights.formats.float8_scales import Float8Scales
 from pintpot.weights.formats.grid import Grid
 from pintpot.weights.formats.group_offset import GroupOffset
 from pintpot.weights.formats.leading import Leading
@@ -25,6 +27,8 @@ __all__ = [
     "FORMATS",
     "Codebook",
     "Dense",
+    "Float8Input",
+    "Float8Scales",
     "Format",
     "Grid",
     "GroupOffset",
