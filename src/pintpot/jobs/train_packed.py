@@ -126,7 +126,7 @@ def compress_by_training(
         seed_everything(seed)
         model = load(folder, torch.float32)
         source_loss = held_out_loss(model, text.held_out, settings)
-        skeleton = opened.shape(torch.float32).build("meta")
+        skeleton = opened.shape().build("meta")
         layout = method.prepare_(model)
         before = held_out_loss(model, text.held_out, settings)
         objective = method.objective(model, load(folder, torch.float32))
@@ -143,12 +143,14 @@ def compress_by_training(
         )
         report = method.finish_(model.eval(), layout, skeleton)
         after = held_out_loss(model, text.held_out, settings)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(opened.dtype)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         part = TrainedPart(
             report=report,
             source_bytes=opened.weight_bytes,
-            output_bytes=sum(t.nbytes for t in {id(t): t for t in model.state_dict().values()}.values()),
+            output_bytes=open_model(partial, match=False).weight_bytes,
             loss_source=source_loss,
             loss_before=before,
             loss_after=after,

@@ -20,8 +20,8 @@ from pintpot.weights.targets import Target, find_targets
 MULTIPLYING = ("prefill", "decode", "forward", "backward")
 """Phases in which packed weights are multiplied."""
 
-CALIBRATION_TOKENS = 4096
-"""Tokens of texts whose hidden states are taken to be held while a model is calibrated block by block."""
+CALIBRATION_TOKENS = 128 * 512
+"""Tokens of texts whose hidden states are held while a model is calibrated block by block: the job's default."""
 
 WHOLE_TOKENS = 2048
 """Tokens of the batch that a whole model is taken to be differentiated on."""

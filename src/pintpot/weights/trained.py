@@ -180,7 +180,7 @@ class TrainedMethod(WeightMethod):
         # Imported here because that module builds on this wing's base.
         from pintpot.weights.quantizer import mark_
 
-        targets, dense = find_targets(skeleton, model.dtype)
+        targets, dense = find_targets(skeleton)
         for target in targets:
             if target.parameter in layout:
                 trained = model.get_submodule(target.module)
@@ -244,7 +244,7 @@ def _pack_(
         for name in nn.Conv2d.__constants__:
             setattr(dense, name, getattr(trained, name))
     else:
-        dense = nn.Linear(0, 0, bias=False, dtype=trained.weight.dtype)
+        dense = nn.Linear(1, 1, bias=False, device="meta", dtype=trained.weight.dtype)
     dense.register_parameter("bias", trained.bias)  # type: ignore[arg-type]
     model.set_submodule(target.module, dense.train(trained.training))
     place_(model, target, formats, terms)

@@ -55,7 +55,7 @@ def _dense(module: CompressedLinear | CompressedConv2d, dtype: torch.dtype) -> n
         dense = Conv1D(module.out_features, 0)
         weight = weight.t().contiguous()
     else:
-        dense = nn.Linear(0, 0, bias=False)
+        dense = nn.Linear(1, 1, bias=False, device="meta")
         dense.in_features, dense.out_features = module.in_features, module.out_features
     dense.weight = nn.Parameter(weight)
     dense.register_parameter("bias", module.bias)  # type: ignore[arg-type]
