@@ -39,6 +39,7 @@ EXAMPLES: tuple[Format, ...] = (
     Grid(bits=3, group_size=32),
     Grid(bits=5, group_size=48, symmetric=True, scale_dtype="bfloat16"),
     Scaled(inner=Grid(bits=4, group_size=32)),
+    Scaled(inner=Dense()),
     Transposed(inner=Grid(bits=4, group_size=8), out_features_held=ROWS),
     GroupOffset(group_size=24),
     LevelGrid(levels="e2m1", group_size=24),
@@ -108,6 +109,13 @@ class TestFormat:
             rounds_input = isinstance(layout, RoundedInput | Float8Input)
             limit = 1e-4 if dtype is torch.float32 and not rounds_input else 0.03
             assert (out.double() - input.double() @ dense.T).norm() < limit * (input.double().norm() * dense.norm())
+
+    def test_decoding_changes_nothing_that_is_stored(self, layout):
+        stored = layout.encode(weight())
+        before = {name: tensor.clone() for name, tensor in stored.items()}
+        for dtype in (torch.float16, torch.float32):
+            layout.decode(stored, COLUMNS, dtype)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
 
     def test_gradients_reach_the_input(self, layout):
         stored = layout.encode(weight())

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pintpot.core.errors import ShapeError
 from pintpot.kernels.hadamard import hadamard, power_of_two
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
-from pintpot.weights.formats.grid import Grid
+from pintpot.weights.formats._base import Storage, Tensors, file_name
+from pintpot.weights.formats.wrapped import Wrapped
 
 
 @file_name("rotated")
 @dataclass(frozen=True, kw_only=True)
-class Rotated(Format):
+class Rotated(Wrapped):
     """``W = inner @ H`` with ``H`` symmetric and orthonormal: outliers of the weight and of the input are spread.
 
     Attributes:
@@ -24,7 +24,6 @@ class Rotated(Format):
         block: in-features that are mixed with each other, a power of 2.
     """
 
-    inner: Format = field(default_factory=Grid)
     block: int = 64
 
     def storage(self, out_features: int, in_features: int) -> Storage:
@@ -38,40 +37,24 @@ class Rotated(Format):
                 f"{in_features} in-features are not mixed in blocks of {self.block}",
                 hint=f"use a power of 2 that divides them, at most {power_of_two(in_features)}",
             )
-        return prefixed("inner_", self.inner.storage(out_features, in_features))
+        return super().storage(out_features, in_features)
 
     def encode(self, weight: Tensor) -> Tensors:
         """The inner tensors of the mixed weight."""
-        return prefixed("inner_", self.inner.encode(self.mix(weight)))
+        return super().encode(self.mix(weight))
 
     def mix(self, numbers: Tensor) -> Tensor:
         """Numbers (..., I) times ``H``; twice is what they were."""
         return hadamard(numbers, self.block)
 
+    def changed(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The mixed input."""
+        return self.mix(input)
+
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The numbers of the weight itself, mixed back in float32."""
-        return self.mix(self.inner.decode(within("inner_", tensors), in_features, torch.float32)).to(dtype)
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inner product of the mixed input."""
-        return self.inner.matmul(self.mix(input), within("inner_", tensors))
+        return self.mix(super().decode(tensors, in_features, torch.float32)).to(dtype)
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
         """The inner format's and the mixed row, twice."""
         return self.inner.row_bytes(in_features, torch.float32) + 8 * in_features
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """That of the inner format; the mixed input is as large as the input, which is not counted either."""
-        return self.inner.workspace(out_features, in_features, dtype)
-
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
-        """That of the inner format."""
-        return prefixed("inner_", self.inner.rows(within("inner_", tensors), rows))
-
-    def rows_together(self) -> int:
-        """That of the inner format."""
-        return self.inner.rows_together()
-
-    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
-        """O of the inner tensors."""
-        return self.inner.out_features(within("inner_", tensors))

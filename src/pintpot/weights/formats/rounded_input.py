@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
-from pintpot.weights.formats.grid import Grid
+from pintpot.weights.formats._base import file_name
+from pintpot.weights.formats.wrapped import Wrapped, passed_through
 
 
 @file_name("rounded_input")
 @dataclass(frozen=True, kw_only=True)
-class RoundedInput(Format):
+class RoundedInput(Wrapped):
     """``inner`` times the input on a symmetric grid whose scales follow the input's largest number.
 
     The gradient passes through the rounding.
@@ -26,40 +27,13 @@ class RoundedInput(Format):
         group_size: in-features of a token that share a scale; -1 for all.
     """
 
-    inner: Format = field(default_factory=Grid)
+    prefix: ClassVar[str] = ""
     bits: int = 8
     group_size: int = -1
 
-    def storage(self, out_features: int, in_features: int) -> Storage:
-        """That of the inner format."""
-        return self.inner.storage(out_features, in_features)
-
-    def encode(self, weight: Tensor) -> Tensors:
-        """That of the inner format."""
-        return self.inner.encode(weight)
-
-    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """That of the inner format."""
-        return self.inner.decode(tensors, in_features, dtype)
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inner product of the rounded input."""
-        rounded = round_input(input.detach(), self.bits, self.group_size)
-        if input.requires_grad:
-            rounded = input + (rounded - input.detach())
-        return self.inner.matmul(rounded, tensors)
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """That of the inner format; the rounded input is as large as the input, which is not counted either."""
-        return self.inner.workspace(out_features, in_features, dtype)
-
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
-        """That of the inner format."""
-        return self.inner.rows(tensors, rows)
-
-    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
-        """That of the inner format."""
-        return self.inner.out_features(tensors)
+    def changed(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rounded input."""
+        return passed_through(input, round_input(input.detach(), self.bits, self.group_size))
 
 
 def round_input(input: Tensor, bits: int, group_size: int = -1) -> Tensor:

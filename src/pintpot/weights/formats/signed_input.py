@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
+from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed
 from pintpot.weights.formats.sign_rank import SignRank
+from pintpot.weights.formats.wrapped import Wrapped
 
 
 @file_name("signed_input")
 @dataclass(frozen=True, kw_only=True)
-class SignedInput(Format):
+class SignedInput(Wrapped):
     """``inner`` times ``scale * sign(input + shift)``, zero as positive, with one scale and a shift a channel.
 
     A scale of zero leaves the input as it is. That is what ``encode`` writes, because a weight does not tell what its
@@ -27,10 +28,14 @@ class SignedInput(Format):
 
     inner: Format = field(default_factory=SignRank)
 
-    def storage(self, out_features: int, in_features: int) -> Storage:
-        """The inner tensors, ``input_scale`` float32 (1,) and ``input_shift`` float32 (I,)."""
-        inner = prefixed("inner_", self.inner.storage(out_features, in_features))
-        return {**inner, "input_scale": ((1,), torch.float32), "input_shift": ((in_features,), torch.float32)}
+    def own_storage(self, in_features: int) -> Storage:
+        """``input_scale`` float32 (1,) and ``input_shift`` float32 (I,)."""
+        return {"input_scale": ((1,), torch.float32), "input_shift": ((in_features,), torch.float32)}
+
+    def changed(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The scaled signs."""
+        scale, shift = tensors["input_scale"].to(input.dtype), tensors["input_shift"].to(input.dtype)
+        return torch.where(scale > 0, sign_of_input(input + shift, scale), input)
 
     def encode(self, weight: Tensor) -> Tensors:
         """The inner tensors, and a scale of zero."""
@@ -41,29 +46,6 @@ class SignedInput(Format):
         """Given inner tensors, a scale (1,) and shifts (I,)."""
         own = {"input_scale": scale, "input_shift": shift}
         return {**prefixed("inner_", inner), **{name: t.detach().float().clone() for name, t in own.items()}}
-
-    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """The inner numbers."""
-        return self.inner.decode(within("inner_", tensors), in_features, dtype)
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inner product of the signs."""
-        scale, shift = tensors["input_scale"].to(input.dtype), tensors["input_shift"].to(input.dtype)
-        signs = sign_of_input(input + shift, scale)
-        return self.inner.matmul(torch.where(scale > 0, signs, input), within("inner_", tensors))
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """That of the inner format; the signs are as large as the input, which is not counted either."""
-        return self.inner.workspace(out_features, in_features, dtype)
-
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
-        """The inner tensors of the rows, the scale and the shifts."""
-        inner = prefixed("inner_", self.inner.rows(within("inner_", tensors), rows))
-        return {**inner, "input_scale": tensors["input_scale"], "input_shift": tensors["input_shift"]}
-
-    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
-        """O of the inner tensors."""
-        return self.inner.out_features(within("inner_", tensors))
 
 
 def sign_of_input(input: Tensor, scale: Tensor) -> Tensor:

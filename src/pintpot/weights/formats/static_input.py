@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pintpot.core.errors import ShapeError
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
-from pintpot.weights.formats.grid import Grid
+from pintpot.weights.formats._base import Storage, Tensors, file_name, prefixed
+from pintpot.weights.formats.wrapped import Wrapped, passed_through
 
 
 @file_name("static_input")
 @dataclass(frozen=True, kw_only=True)
-class StaticInput(Format):
+class StaticInput(Wrapped):
     """``inner`` times the input on a grid of equal steps that does not depend on the input.
 
     A step of zero leaves the input as it is. That is what ``encode`` writes, because a weight does not tell what its
@@ -28,7 +28,6 @@ class StaticInput(Format):
         per_channel: every in-feature has a step of its own, instead of one for all.
     """
 
-    inner: Format = field(default_factory=Grid)
     bits: int = 8
     symmetric: bool = True
     per_channel: bool = False
@@ -39,12 +38,14 @@ class StaticInput(Format):
                 f"an input has 2 to 16 bits, not {self.bits}", hint="choose bits between 2 and 16, for instance 8"
             )
 
-    def storage(self, out_features: int, in_features: int) -> Storage:
-        """The inner tensors, ``input_step`` float32 (1,) or (I,), and ``input_zero`` likewise if asymmetric."""
-        stored = prefixed("inner_", self.inner.storage(out_features, in_features))
-        for name in self._own():
-            stored[name] = ((in_features if self.per_channel else 1,), torch.float32)
-        return stored
+    def own_storage(self, in_features: int) -> Storage:
+        """``input_step`` float32 (1,) or (I,), and ``input_zero`` likewise if asymmetric."""
+        return dict.fromkeys(self._own(), ((in_features if self.per_channel else 1,), torch.float32))
+
+    def changed(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rounded input."""
+        rounded = self.round(input.detach(), tensors["input_step"], tensors.get("input_zero"))
+        return passed_through(input, rounded)
 
     def _own(self) -> tuple[str, ...]:
         return ("input_step",) if self.symmetric else ("input_step", "input_zero")
@@ -71,17 +72,6 @@ class StaticInput(Format):
         step = (high - low) / top
         return step, (-low / step.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp_(0, top)
 
-    def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """The inner numbers."""
-        return self.inner.decode(within("inner_", tensors), in_features, dtype)
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inner product of the rounded input."""
-        rounded = self.round(input.detach(), tensors["input_step"], tensors.get("input_zero"))
-        if input.requires_grad:
-            rounded = input + (rounded - input.detach())
-        return self.inner.matmul(rounded, within("inner_", tensors))
-
     def round(self, input: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
         """The nearest numbers of the grid to an input (..., I), in its dtype."""
         low = -(1 << (self.bits - 1)) if self.symmetric else 0
@@ -90,16 +80,3 @@ class StaticInput(Format):
         safe = torch.where(step > 0, step, 1.0)
         codes = (input.float() / safe).round_().add_(shift).clamp_(low, high)
         return torch.where(step > 0, (codes - shift) * safe, input.float()).to(input.dtype)
-
-    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """That of the inner format; the rounded input is as large as the input, which is not counted either."""
-        return self.inner.workspace(out_features, in_features, dtype)
-
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
-        """The inner tensors of the rows, and the grid of the input."""
-        inner = prefixed("inner_", self.inner.rows(within("inner_", tensors), rows))
-        return {**inner, **{name: tensors[name] for name in self._own()}}
-
-    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
-        """O of the inner tensors."""
-        return self.inner.out_features(within("inner_", tensors))
