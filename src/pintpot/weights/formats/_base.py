@@ -182,7 +182,7 @@ class _ByStrips(torch.autograd.Function):
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         back = gradient.new_zeros((gradient.shape[0], ctx.in_features))
         for rows in strips(layout, gradient.shape[1], ctx.in_features, gradient):
-            back.addmm_(gradient[:, rows], layout.decode(layout.rows(tensors, rows), ctx.in_features, gradient.dtype))
+            back.addmm_(gradient[:, rows], _strip(layout, tensors, rows, ctx.in_features, gradient))
         return back, *[None] * (2 + len(ctx.names))
 
 
@@ -190,8 +190,14 @@ def _product(flat: Tensor, layout: Format, tensors: Mapping[str, Tensor]) -> Ten
     in_features, out_features = flat.shape[-1], layout.out_features(tensors)
     out = flat.new_empty((flat.shape[0], out_features))
     for rows in strips(layout, out_features, in_features, flat):
-        torch.mm(flat, layout.decode(layout.rows(tensors, rows), in_features, flat.dtype).t(), out=out[:, rows])
+        torch.mm(flat, _strip(layout, tensors, rows, in_features, out).t(), out=out[:, rows])
     return out
+
+
+def _strip(layout: Format, tensors: Mapping[str, Tensor], rows: slice, in_features: int, outputs: Tensor) -> Tensor:
+    """Some rows made dense, without what a format may decode below the last one of ``outputs`` (N, O)."""
+    dense = layout.decode(layout.rows(tensors, rows), in_features, outputs.dtype)
+    return dense[: outputs.shape[1] - rows.start]
 
 
 def multiply_by_strips(layout: Format, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -10,9 +10,8 @@ Bytes of a weight (O, I) with n numbers kept, in ``T = ceil(O / tile_rows) * cei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, rows_at_once
+from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
 from pintpot.weights.formats.selection import largest
 
 MOST_PLACES = 1 << 15
@@ -115,41 +114,23 @@ class Tiled(Format):
         return padded.view(rows, self.tile_rows, columns, self.tile_columns).transpose(1, 2).reshape(-1)
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
-        """The kept numbers at their places, and zeros."""
-        rows = self.tiles(in_features)[0]
-        return self.tile_row(tensors, slice(0, rows), in_features, dtype)[: self.out_features_held]
-
-    def tile_row(self, tensors: Mapping[str, Tensor], own: slice, in_features: int, dtype: torch.dtype) -> Tensor:
-        """Some rows of tiles made dense, (rows of them, I), with what pads the last below."""
-        columns = self.tiles(in_features)[1]
-        tile, count = self.tile_rows * self.tile_columns, (own.stop - own.start) * columns
-        starts = tensors["starts"][own.start * columns : own.stop * columns + 1]
-        values, places = tensors["values"], tensors["places"]
+        """The kept numbers at their places, and zeros; of some rows of tiles with what pads the last below."""
+        columns, tile = self.tiles(in_features)[1], self.tile_rows * self.tile_columns
+        starts, values, places = tensors["starts"], tensors["values"], tensors["places"]
+        count = starts.shape[0] - 1
         dense = torch.zeros(count * tile, dtype=dtype, device=values.device)
         if not (values.is_meta or is_fake(values)):
             kept = slice(int(starts[0]), int(starts[-1]))
             tiles = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
             dense[places[kept].long().add_(tiles.mul_(tile))] = values[kept].to(dtype)
         parts = dense.view(-1, columns, self.tile_rows, self.tile_columns).transpose(1, 2)
-        return parts.reshape(-1, columns * self.tile_columns)[:, :in_features]
+        return parts.reshape(-1, columns * self.tile_columns)[: self.out_features_held, :in_features]
 
-    def strips(self, in_features: int, operand: Tensor) -> Iterator[slice]:
-        """Rows of tiles that are dense together; for an operand without values the first stand for all."""
-        rows = self.tiles(in_features)[0]
-        step = rows_at_once(self.row_bytes(in_features, operand.dtype), self.tile_rows) // self.tile_rows
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
-            if operand.is_meta or is_fake(operand):
-                return
-
-    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Rows of tiles are made dense one after the other, and again for the backward pass."""
-        flat = input.reshape(-1, input.shape[-1])
-        if torch.is_grad_enabled() and input.requires_grad:
-            out: Tensor = _ByTiles.apply(flat, self, tuple(tensors), *tensors.values())
-        else:
-            out = _product(flat, self, tensors)
-        return out.reshape(*input.shape[:-1], self.out_features_held)
+    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
+        """Where the tiles of the rows begin, and all kept numbers; ``rows`` begin between tiles."""
+        columns = (tensors["starts"].shape[0] - 1) // -(-self.out_features_held // self.tile_rows)
+        first, last = rows.start // self.tile_rows, -(-rows.stop // self.tile_rows)
+        return {**tensors, "starts": tensors["starts"][first * columns : last * columns + 1]}
 
     def out_features(self, tensors: Mapping[str, Tensor]) -> int:
         """O."""
@@ -163,33 +144,3 @@ class Tiled(Format):
         """The row in tiles and in its own order, and for each kept number its tile and place (int64) and its value."""
         width = self.tiles(in_features)[1] * self.tile_columns
         return 2 * width * dtype.itemsize + self.kept(in_features) * (16 + dtype.itemsize)
-
-
-def _product(flat: Tensor, layout: Tiled, tensors: Mapping[str, Tensor]) -> Tensor:
-    out = flat.new_empty((flat.shape[0], layout.out_features_held))
-    for own in layout.strips(flat.shape[1], flat):
-        rows = slice(own.start * layout.tile_rows, min(own.stop * layout.tile_rows, layout.out_features_held))
-        dense = layout.tile_row(tensors, own, flat.shape[1], flat.dtype)[: rows.stop - rows.start]
-        torch.mm(flat, dense.t(), out=out[:, rows])
-    return out
-
-
-class _ByTiles(torch.autograd.Function):
-    """Saves only the packed storage; backward decodes it again."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, layout: Tiled, names: tuple[str, ...], *stored: Tensor) -> Tensor:
-        ctx.save_for_backward(*stored)
-        ctx.layout, ctx.names, ctx.in_features = layout, names, flat.shape[1]
-        return _product(flat, layout, dict(zip(names, stored, strict=True)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, layout = gradients[0], ctx.layout
-        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        back = gradient.new_zeros((gradient.shape[0], ctx.in_features))
-        for own in layout.strips(ctx.in_features, gradient):
-            rows = slice(own.start * layout.tile_rows, min(own.stop * layout.tile_rows, layout.out_features_held))
-            dense = layout.tile_row(tensors, own, ctx.in_features, gradient.dtype)
-            back.addmm_(gradient[:, rows], dense[: rows.stop - rows.start])
-        return back, *[None] * (2 + len(ctx.names))
