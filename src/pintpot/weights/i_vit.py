@@ -35,7 +35,7 @@ from pintpot.weights._base import Evidence, Layout, WeightMethod
 from pintpot.weights.formats import Format, Grid
 from pintpot.weights.integer_vit import IntegerViTLayer
 from pintpot.weights.statistics import BlockCall
-from pintpot.weights.targets import Target
+from pintpot.weights.targets import Target, require_parts
 
 RISE = 0.01
 """Relative rise of the loss that is reckoned with."""
@@ -87,12 +87,7 @@ class IViT(WeightMethod):
         Raises:
             UnsupportedModel: naming the first parameter that is none of them.
         """
-        for target in targets:
-            if target.module.removeprefix(f"{target.block}.") not in PARTS:
-                raise UnsupportedModel(
-                    f"i-vit does not know what to do with {target.parameter}",
-                    hint=f"it is for models of the kinds {', '.join(self.model_types)}",
-                )
+        require_parts(targets, PARTS, self)
         return super().layout(targets, evidence)
 
     @torch.no_grad()

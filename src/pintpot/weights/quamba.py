@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pintpot.core.errors import CompositionError, UnsupportedModel
+from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account, Ledger
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
@@ -34,12 +34,12 @@ from pintpot.weights._base import Evidence, Layout, WeightMethod, risk_between
 from pintpot.weights.formats import Format, Grid, Rotated, StaticInput, Tensors
 from pintpot.weights.quantised_mamba import ROUNDED, QuantisedMixer
 from pintpot.weights.statistics import BlockCall, InputStatistics
-from pintpot.weights.targets import Target
+from pintpot.weights.targets import Target, require_parts
 
 RISES = ((8.2, 0.01), (6.2, 0.03), (4.2, 0.3))
 """Bits a weight and the relative rise of perplexity."""
 
-PARTS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+PARTS = ("mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj")
 """The matrices of a mixer; there may be no others."""
 
 NEW_SHARE = 0.01
@@ -102,12 +102,7 @@ class Quamba(WeightMethod):
         Raises:
             UnsupportedModel: naming the first parameter that is none of them.
         """
-        for target in targets:
-            if target.module.removeprefix(f"{target.block}.mixer.") not in PARTS:
-                raise UnsupportedModel(
-                    f"quamba does not know what to do with {target.parameter}",
-                    hint=f"it is for models of the kinds {', '.join(self.model_types)}",
-                )
+        require_parts(targets, PARTS, self)
         return super().layout(targets, evidence)
 
     def find(

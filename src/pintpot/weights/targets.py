@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -158,6 +158,25 @@ def find_targets(
             hint="compress a plain transformers model: not yet compressed, and without adapters",
         )
     return tuple(targets), tuple(dense)
+
+
+def require_parts(targets: Sequence[Target], parts: Collection[str], method: WeightMethod) -> None:
+    """Refuse matrices that a method for certain kinds of models does not know.
+
+    Args:
+        targets: the parameters that would be replaced.
+        parts: the modules that it knows, by their names in a block.
+        method: for the message.
+
+    Raises:
+        UnsupportedModel: naming the first parameter that is in none of them.
+    """
+    for target in targets:
+        if target.module.removeprefix(f"{target.block}.") not in parts:
+            raise UnsupportedModel(
+                f"{method.name} does not know what to do with {target.parameter}",
+                hint=f"it is for models of the kinds {', '.join(method.model_types)}",
+            )
 
 
 def head_width(attention: nn.Module) -> int:
