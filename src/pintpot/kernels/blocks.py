@@ -168,10 +168,9 @@ def _packed_adam(
     )
 
 
-native.LIBRARY.define(
+native.register(
     "packed_adam_(Tensor(a!) parameter, Tensor gradient, Tensor(b!)[] moments, Tensor[] tables, int[] sizes,"
-    " float[] rates) -> ()"
+    " float[] rates) -> ()",
+    _packed_adam,
+    lambda *args: None,
 )
-native.LIBRARY.impl("packed_adam_", _packed_adam, "CPU")
-torch.library.register_fake("pintpot::packed_adam_", lambda *args: None, lib=native.LIBRARY)
-native.refuse_vmap("packed_adam_")

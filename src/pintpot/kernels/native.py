@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,22 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     found = library()
     if found is None:
         raise PintpotError(_MISSING, hint="reinstall Pintpot with a C++ compiler")
-    if getattr(found, f"pintpot_{name}")(ctypes.byref(arguments)) == 1 and name in _FALLIBLE:
+    if getattr(found, f"pintpot_{name}")(ctypes.byref(arguments)):
         raise PintpotError(f"no memory for the buffers of {name}", hint="give the process more memory")
 
 
-_FALLIBLE = ("grid_dequantize", "grid_matmul")
+def register(schema: str, run: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Register an operation as ``torch.ops.pintpot.*``.
 
-
-def refuse_vmap(name: str) -> None:
-    """Register that an operation has no batching rule, with an error that says what to do."""
+    Args:
+        schema: name, arguments and results.
+        run: does it, for tensors on the CPU.
+        shape: the results' shapes and dtypes, for tensors without values; it refuses what ``run`` cannot take.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CPU")
+    torch.library.register_fake(f"pintpot::{name}", shape, lib=LIBRARY)
 
     def refuse(info: Any, in_dims: Any, *args: Any) -> Any:
         raise CompositionError(

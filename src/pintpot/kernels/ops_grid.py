@@ -176,11 +176,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 for _schema, (_run, _shape) in _OPERATIONS.items():
-    native.LIBRARY.define(_schema)
-    _name = _schema.partition("(")[0]
-    native.LIBRARY.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"pintpot::{_name}", _shape, lib=native.LIBRARY)
-    native.refuse_vmap(_name)
+    native.register(_schema, _run, _shape)
 
 
 @register_flop_formula(torch.ops.pintpot.grid_matmul)

@@ -148,7 +148,7 @@ void adam_blocks(const PintpotAdam& call, Number* parameter, const Gradient* gra
     }
 }
 
-void adam(const PintpotAdam& call) {
+int adam(const PintpotAdam& call) {
     const int64_t blocks = (call.numel + call.block - 1) / call.block;
     with_type(call.parameter_dtype, call.parameter, [&](auto* parameter) {
         with_type(call.gradient_dtype, call.gradient, [&](const auto* gradient) {
@@ -157,6 +157,7 @@ void adam(const PintpotAdam& call) {
             });
         });
     });
+    return 0;
 }
 
 }  // namespace

@@ -54,15 +54,7 @@ extern "C" {
 
 const char* pintpot_path() { return path().name; }
 
-void pintpot_adam(const PintpotAdam* call) { path().kernels->adam(*call); }
-
-void pintpot_pack(const PintpotPacking* call) { path().kernels->pack(*call); }
-
-void pintpot_unpack(const PintpotPacking* call) { path().kernels->unpack(*call); }
-
-void pintpot_restore(const PintpotRestore* call) { path().kernels->restore(*call); }
-
-int pintpot_grid_dequantize(const PintpotGridDequantize* call) { return path().kernels->grid_dequantize(*call); }
-
-int pintpot_grid_matmul(const PintpotGridMatmul* call) { return path().kernels->grid_matmul(*call); }
+#define PINTPOT_DEFINE(name, arguments) \
+    int pintpot_##name(const arguments* call) { return path().kernels->name(*call); }
+PINTPOT_OPERATIONS(PINTPOT_DEFINE)
 }

@@ -4,12 +4,9 @@
 #include "pintpot.h"
 
 struct PintpotKernels {
-    void (*adam)(const PintpotAdam&);
-    void (*pack)(const PintpotPacking&);
-    void (*unpack)(const PintpotPacking&);
-    void (*restore)(const PintpotRestore&);
-    int (*grid_dequantize)(const PintpotGridDequantize&);
-    int (*grid_matmul)(const PintpotGridMatmul&);
+#define PINTPOT_FIELD(name, arguments) int (*name)(const arguments&);
+    PINTPOT_OPERATIONS(PINTPOT_FIELD)
+#undef PINTPOT_FIELD
 };
 
 #define PINTPOT_JOIN(name, isa) name##_##isa

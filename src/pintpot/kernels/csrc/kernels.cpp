@@ -5,4 +5,5 @@
 #include "grid.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
-const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA) = {adam, pack, unpack, restore, grid_dequantize, grid_matmul};
+#define PINTPOT_ENTRY(name, arguments) name,
+const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA) = {PINTPOT_OPERATIONS(PINTPOT_ENTRY)};

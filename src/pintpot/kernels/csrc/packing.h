@@ -136,8 +136,8 @@ inline void each_batch(int64_t begin, int64_t end, int64_t count, const Work& wo
     for (int64_t row = begin; row < end; row += most) work(row, end - row < most ? end - row : most);
 }
 
-void unpack(const PintpotPacking& call) {
-    if (call.count == 0) return;
+int unpack(const PintpotPacking& call) {
+    if (call.count == 0) return 0;
     const int64_t bytes = packed_bytes(call.count, call.bits);
     const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
     pintpot::parallel_for(call.rows, threads, [&](int64_t begin, int64_t end) {
@@ -146,10 +146,11 @@ void unpack(const PintpotPacking& call) {
                         rows);
         });
     });
+    return 0;
 }
 
-void pack(const PintpotPacking& call) {
-    if (call.count == 0) return;
+int pack(const PintpotPacking& call) {
+    if (call.count == 0) return 0;
     const int64_t bytes = packed_bytes(call.count, call.bits);
     const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
     pintpot::parallel_for(call.rows, threads, [&](int64_t begin, int64_t end) {
@@ -157,6 +158,7 @@ void pack(const PintpotPacking& call) {
             pack_rows(call.codes + row * call.count, call.bits, call.count, call.packed + row * bytes, rows);
         });
     });
+    return 0;
 }
 
 // code * scale + low for the codes `begin` to `end` of a row.
@@ -193,8 +195,8 @@ inline void restore_rows(const PintpotRestore& call, const Number* scale, const 
     }
 }
 
-void restore(const PintpotRestore& call) {
-    if (call.count == 0) return;
+int restore(const PintpotRestore& call) {
+    if (call.count == 0) return 0;
     const int64_t threads = useful_threads(call.threads, call.rows * call.count, kCodesPerThread);
     with_type(call.dtype, call.scale, [&](const auto* scale) {
         const auto* low = static_cast<decltype(scale)>(call.low);
@@ -203,6 +205,7 @@ void restore(const PintpotRestore& call) {
                        [&](int64_t row, int64_t rows) { restore_rows(call, scale, low, row, rows); });
         });
     });
+    return 0;
 }
 
 }  // namespace

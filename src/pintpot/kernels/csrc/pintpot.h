@@ -70,13 +70,17 @@ const char* pintpot_path();
 // The function of the OpenMP runtime that starts threads (`GOMP_parallel`), or null.
 void pintpot_use_runtime(void* parallel);
 
-void pintpot_adam(const PintpotAdam* call);
-void pintpot_pack(const PintpotPacking* call);
-void pintpot_unpack(const PintpotPacking* call);
-void pintpot_restore(const PintpotRestore* call);
+// Every operation with its arguments. Each gives 0, or 1 where memory ran out and its output is not whole.
+#define PINTPOT_OPERATIONS(EACH) \
+    EACH(adam, PintpotAdam) \
+    EACH(pack, PintpotPacking) \
+    EACH(unpack, PintpotPacking) \
+    EACH(restore, PintpotRestore) \
+    EACH(grid_dequantize, PintpotGridDequantize) \
+    EACH(grid_matmul, PintpotGridMatmul)
 
-// 0, or 1 where memory ran out, and the output is not whole.
-int pintpot_grid_dequantize(const PintpotGridDequantize* call);
-int pintpot_grid_matmul(const PintpotGridMatmul* call);
+#define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
+PINTPOT_OPERATIONS(PINTPOT_DECLARE)
+#undef PINTPOT_DECLARE
 }
 #pragma GCC visibility pop
