@@ -53,8 +53,8 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def round_trip(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, int]:
-    """A weight as it comes back from a format, and its bytes there.
+def packed_weight(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+    """The bytes of a weight in a format, by llama.cpp's own quantiser.
 
     Args:
         weight: float32 (O, I), with a multiple of 256 numbers.
@@ -73,7 +73,7 @@ def round_trip(weight: Tensor, kind: str, importance: Tensor | None = None) -> t
         raise ValueError(f"{numbers.numel()} numbers are no multiple of {traits.blck_size}")
     packed = torch.empty(numbers.numel() // traits.blck_size * traits.type_size, dtype=torch.uint8)
     weighted = None if importance is None else importance.float().expand_as(numbers).contiguous()
-    size = found.ggml_quantize_chunk(
+    found.ggml_quantize_chunk(
         TYPES[kind],
         numbers.data_ptr(),
         packed.data_ptr(),
@@ -82,6 +82,14 @@ def round_trip(weight: Tensor, kind: str, importance: Tensor | None = None) -> t
         numbers.numel(),
         None if weighted is None else weighted.data_ptr(),
     )
-    back = torch.empty_like(numbers)
-    traits.to_float(packed.data_ptr(), back.data_ptr(), numbers.numel())
-    return back, size
+    return packed
+
+
+def round_trip(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, int]:
+    """A weight as it comes back from a format, and its bytes there; see ``packed_weight``."""
+    packed = packed_weight(weight, kind, importance)
+    back = torch.empty(weight.shape)
+    found = library()
+    assert found is not None
+    found.ggml_get_type_traits(TYPES[kind]).contents.to_float(packed.data_ptr(), back.data_ptr(), back.numel())
+    return back, packed.nbytes
