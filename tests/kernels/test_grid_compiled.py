@@ -116,7 +116,8 @@ def test_dequantisation_is_bit_for_bit_the_definition(isa, bits, dtype):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_those_of_float64(isa, bits, dtype):
-    for rows, columns, group_size in ((1, 1, 1), (9, 200, 64), (6, 1500, 1500), (13, 2048, 128), (4, 96, 32)):
+    shapes = ((1, 1, 1), (9, 200, 64), (6, 1500, 1500), (13, 2048, 128), (4, 96, 32), (5, 1088, 32), (3, 512, 16))
+    for rows, columns, group_size in (*shapes, (6, 192, 4)):
         stored = make(rows, columns, bits, group_size, symmetric=columns % 3 == 0)
         x = torch.randn(1 + rows % 3, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
         found = torch.ops.pintpot.grid_matmul(x, *stored, bits, group_size)
@@ -134,7 +135,7 @@ def scale_of_each(scale, group_size, columns):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("columns", "group_size"), [(700, 64), (2048, 128), (1024, 1024), (1088, 64)])
+@pytest.mark.parametrize(("columns", "group_size"), [(700, 64), (2048, 128), (1024, 1024), (1088, 64), (1088, 32), (512, 8)])
 def test_a_product_depends_on_nothing_but_its_row_and_input(isa, bits, columns, group_size):
     """Neither on the number of threads, nor on what is multiplied beside it, nor on how codes are read."""
     stored = make(67, columns, bits, group_size)

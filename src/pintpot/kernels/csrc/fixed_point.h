@@ -18,11 +18,16 @@ typedef int16_t Plane;
 constexpr int kPlaneBits = 16;
 #endif
 
-inline int planes_of(int64_t dtype) {
 #if defined(PINTPOT_AVX512)
-    return dtype == kFloat32 ? 3 : 2;
-#elif defined(PINTPOT_AVX2)
-    return dtype == kFloat32 ? 2 : 1;
+constexpr int kMostPlanes = 3;
+#else
+constexpr int kMostPlanes = 2;
+#endif
+
+// Of an input of a dtype; none where there are no integer products.
+inline int planes_of(int64_t dtype) {
+#if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
+    return dtype == kFloat32 ? kMostPlanes : kMostPlanes - 1;
 #else
     (void)dtype;
     return 0;
@@ -52,42 +57,75 @@ class Buffer {
     Number* data_ = nullptr;
 };
 
+// A run of columns: a part of a group, or several whole groups, of which `group` is the first.
 struct Segment {
     int64_t start, end, group;
 };
 
+#if defined(PINTPOT_AVX512)
+constexpr int64_t kJoined = 64;
+#else
+constexpr int64_t kJoined = 0;
+#endif
+
 // The segments of a row, in order. (They are listed because divisions would take longer than the products.)
 struct Segments {
     int64_t columns, group, groups, count;
+    bool joined;  // whether a segment has several groups: kJoined columns of them
     Buffer<Segment> list;
 
-    Segments(int64_t columns, int64_t group) : columns(columns), group(group), groups((columns + group - 1) / group) {
-        const int64_t each = (group + kSegment - 1) / kSegment;
-        count = 0;
-        if (!list.reserve(groups * each)) return;
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t end = (g + 1) * group < columns ? (g + 1) * group : columns;
-            for (int64_t start = g * group; start < end; start += kSegment) {
-                list.get()[count++] = {start, start + kSegment < end ? start + kSegment : end, g};
+    Segments(int64_t columns, int64_t group)
+        : columns(columns), group(group), groups((columns + group - 1) / group), count(0) {
+        joined = kJoined > 0 && group >= 4 && group < kJoined && kJoined % group == 0 && columns % kJoined == 0;
+        const int64_t span = joined ? kJoined : group, most = joined ? kJoined : kSegment;
+        const int64_t each = (span + most - 1) / most;
+        if (!list.reserve((columns + span - 1) / span * each)) return;
+        for (int64_t first = 0; first < columns; first += span) {
+            const int64_t end = first + span < columns ? first + span : columns;
+            for (int64_t start = first; start < end; start += most) {
+                list.get()[count++] = {start, start + most < end ? start + most : end, start / group};
             }
         }
     }
     bool whole() const { return list.get() != nullptr; }
     const Segment& operator[](int64_t place) const { return list.get()[place]; }
+
+    // Which weight is the first of a segment's: there is one for each segment, or for each of its groups.
+    int64_t weight_of(int64_t segment) const {
+        if (!joined) return segment;
+        return segment < count ? list.get()[segment].group : groups;
+    }
+
+    // Calls `visit(group, start, end)` for each group, or part of one, in a segment.
+    template <typename Visit>
+    void each_group(const Segment& segment, const Visit& visit) const {
+        int64_t of = segment.group;
+        for (int64_t start = segment.start; start < segment.end; ++of) {
+            const int64_t end = (of + 1) * group < segment.end ? (of + 1) * group : segment.end;
+            visit(of, start, end);
+            start = end;
+        }
+    }
 };
 
 // One input: as floats, and as planes where `fixed`.
 struct Input {
     const float* numbers;
     const Plane* planes;  // (planes, columns), the most significant first
-    const float* steps;   // (segments,)
+    const float* steps;   // for each weight
     const float* sums;    // (groups,) of the fixed-point numbers
     bool fixed;
 };
 
-// Writes one segment in fixed point. False where it cannot be.
-inline bool fix_segment(const float* from, int64_t count, int planes, int64_t stride, Plane* to, float* step,
-                        double* total) {
+// The greatest integer that signed digits of so many planes can hold.
+inline double limit_of(int planes) {
+    double limit = 0;
+    for (int plane = 0; plane < planes; ++plane) limit = limit * (1 << kPlaneBits) + ((1 << (kPlaneBits - 1)) - 1);
+    return limit;
+}
+
+// What the integers of a segment are multiples of. False where fixed point cannot hold it.
+inline bool step_of(const float* from, int64_t count, int planes, float* step) {
     float most = 0;
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
@@ -95,25 +133,26 @@ inline bool fix_segment(const float* from, int64_t count, int planes, int64_t st
         finite &= size < kLargest;
         most = size > most ? size : most;
     }
-    if (!finite || (most > 0 && most < kSmallest)) return false;
-    const int top = (1 << (kPlaneBits - 1)) - 1;
-    // The greatest integer that signed digits of so many bits can hold.
-    double limit = 0;
-    for (int plane = 0; plane < planes; ++plane) limit = limit * (1 << kPlaneBits) + top;
-    *step = static_cast<float>(most / limit);
-    const double inverse = most > 0 ? 1.0 / *step : 0.0;
+    *step = static_cast<float>(most / limit_of(planes));
+    return finite && (most == 0 || most >= kSmallest);
+}
+
+// Writes some numbers in fixed point; gives the sum of what was written.
+inline double fix(const float* from, int64_t count, float step, int planes, int64_t stride, Plane* to) {
+    const double limit = limit_of(planes), inverse = step > 0 ? 1.0 / step : 0.0;
+    double total = 0;
     for (int64_t i = 0; i < count; ++i) {
         double scaled = from[i] * inverse;
         scaled = scaled > limit ? limit : (scaled < -limit ? -limit : scaled);
         int64_t value = static_cast<int64_t>(std::nearbyint(scaled));
-        *total += static_cast<double>(value) * *step;
+        total += static_cast<double>(value) * step;
         for (int plane = planes - 1; plane >= 0; --plane) {
             const Plane digit = static_cast<Plane>(value);
             to[plane * stride + i] = digit;
             value = (value - digit) >> kPlaneBits;
         }
     }
-    return true;
+    return total;
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // Rows of a grid: back to numbers, and times a few inputs without ever being numbers.
 //
-// The product cuts the columns into segments of at most kSegment within one group. In each segment an input is written
-// in fixed point, relative to its greatest magnitude there, as a few small integers a number ("planes"). Products with
-// the codes are then sums of integers, which are exact; only sums over segments are rounded. Two planes of 8 bits hold
-// a bfloat16 or float16 input, three hold a float32 one (24 bits, as many as its significand has).
+// The product cuts the columns into segments: at most kSegment columns of one group, or (AVX-512) kJoined columns of
+// several small ones. In each segment an input is written in fixed point, relative to its greatest magnitude there, as a
+// few small integers a number ("planes"). Products with the codes are then sums of integers, which are exact; only sums
+// over segments are rounded. Two planes of 8 bits hold a bfloat16 or float16 input, three hold a float32 one (24 bits,
+// as many as its significand has).
 //
 //     y[row] = sum over segments of scale[row, group] * step[segment] * (sum code * plane)
 //              - sum over groups of scale[row, group] * zero[row, group] * (sum x)
@@ -12,13 +13,13 @@
 // in the order of the definition, which the instruction sets without integer products take for all.
 #pragma once
 
-#include "fixed_point.h"
-#include "packing.h"
+#include "dot.h"
 
 namespace {
 
 constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kColumnsAtOnce = 1024;
+constexpr int64_t kLine = 64;
 
 template <typename Number>
 inline void scales_of(const Number* scale, int64_t groups, float* to) {
@@ -51,207 +52,103 @@ inline float dot_floats(const uint8_t* codes, float zero, const float* x, int64_
     return rest;
 }
 
-// Where the codes of some rows are: as bytes from the column `first` on, or packed, in up to three fields a code.
-struct Place {
-    int64_t offset[3];
-    int right[3];
-};
-
-struct Codes {
-    const uint8_t* bytes;
-    int64_t stride, first;  // from row to row
-    const Place* places;    // of each segment where they are packed
-    uint64_t mask[3];       // spread
-    int left[3];
-};
-
-// Finds the fields of all segments. False where a segment lies in two planes of a field, or is no multiple of `step`.
-inline bool find_places(int64_t bits, const Segments& cut, int64_t step, Place* places, Codes* codes) {
-    bool found = true;
-    for (int64_t s = 0; s < cut.count && found; ++s) {
-        const int64_t start = cut[s].start, end = cut[s].end;
-        int f = 0;
-        found = (end - start) % step == 0;
-        each_field(bits, cut.columns, [&](int field, int shift, int64_t byte) {
-            const int64_t width = field_bytes(cut.columns, field), plane = start / width;
-            found &= (end - 1) / width == plane;
-            places[s].offset[f] = byte + start - plane * width;
-            places[s].right[f] = static_cast<int>(plane) * field;
-            codes->mask[f] = spread((1 << field) - 1);
-            codes->left[f++] = shift;
-        });
-    }
-    codes->places = places;
-    return found;
-}
-
-#if defined(PINTPOT_AVX512)
-
-constexpr int64_t kDirectStep = 64;
-
-// 64 codes; `Fields` is 0 for bytes.
-template <int Fields>
-inline __m512i fetch(const Codes& codes, const uint8_t* from, const Place* place) {
-    if (Fields == 0) return _mm512_loadu_si512(from);
-    Octets found = {};
-    for (int f = 0; f < (Fields ? Fields : 1); ++f) {
-        const Octets part = load<Octets>(from + place->offset[f]);
-        found |= field_of(part, place->right[f], codes.mask[f], f ? codes.left[f] : 0);
-    }
-    return reinterpret_cast<__m512i>(found);
-}
-
-// Adds `weight * sum code * x` of one segment for `Rows` rows of codes to their totals, whose lanes are summed later.
-template <int Rows, int Planes, int Fields>
-inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place* place, const Plane* x, int64_t stride,
-                       int64_t count, const float* weights, Floats* totals) {
-    __m512i sums[Planes][Rows];
-    for (int p = 0; p < Planes; ++p) {
-        for (int r = 0; r < Rows; ++r) sums[p][r] = _mm512_setzero_si512();
-    }
-    int64_t i = 0;
-    for (; i + 64 <= count; i += 64) {
-        __m512i planes[Planes];
-        for (int p = 0; p < Planes; ++p) planes[p] = _mm512_loadu_si512(x + p * stride + i);
-        for (int r = 0; r < Rows; ++r) {
-            const __m512i row = fetch<Fields>(codes, bytes + r * codes.stride + i, place);
-            for (int p = 0; p < Planes; ++p) sums[p][r] = _mm512_dpbusd_epi32(sums[p][r], row, planes[p]);
-        }
-    }
-    if (Fields == 0 && i < count) {
-        const __mmask64 some = (1ull << (count - i)) - 1;
-        for (int r = 0; r < Rows; ++r) {
-            const __m512i row = _mm512_maskz_loadu_epi8(some, bytes + r * codes.stride + i);
-            for (int p = 0; p < Planes; ++p) {
-                const __m512i plane = _mm512_maskz_loadu_epi8(some, x + p * stride + i);
-                sums[p][r] = _mm512_dpbusd_epi32(sums[p][r], row, plane);
-            }
-        }
-    }
-    for (int r = 0; r < Rows; ++r) {
-        // At most 512 / 64 * 4 products of 255 * 127 in a lane, so that 8 bits more fit too.
-        __m512i high = sums[0][r];
-        if (Planes > 1) high = _mm512_add_epi32(_mm512_slli_epi32(high, 8), sums[1][r]);
-        Floats value = _mm512_cvtepi32_ps(high);
-        if (Planes > 2) value = fused(value, all(256.0f), _mm512_cvtepi32_ps(sums[Planes - 1][r]));
-        totals[r] = fused(value, all(weights[r]), totals[r]);
-    }
-}
-
-#elif defined(PINTPOT_AVX2)
-
-constexpr int64_t kDirectStep = 0;
-
-template <int Rows, int Planes, int Fields>
-inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place*, const Plane* x, int64_t stride,
-                       int64_t count, const float* weights, Floats* totals) {
-    __m256i sums[Planes][Rows];
-    for (int p = 0; p < Planes; ++p) {
-        for (int r = 0; r < Rows; ++r) sums[p][r] = _mm256_setzero_si256();
-    }
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        __m256i planes[Planes];
-        for (int p = 0; p < Planes; ++p) {
-            planes[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + p * stride + i));
-        }
-        for (int r = 0; r < Rows; ++r) {
-            const __m256i row = _mm256_cvtepu8_epi16(
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + r * codes.stride + i)));
-            for (int p = 0; p < Planes; ++p) {
-                sums[p][r] = _mm256_add_epi32(sums[p][r], _mm256_madd_epi16(row, planes[p]));
-            }
-        }
-    }
-    for (int r = 0; r < Rows; ++r) {
-        Floats value = {};
-        for (int p = 0; p < Planes; ++p) {
-            int64_t rest = 0;
-            for (int64_t j = i; j < count; ++j) {
-                rest += static_cast<int64_t>(bytes[r * codes.stride + j]) * x[p * stride + j];
-            }
-            Floats plane = _mm256_cvtepi32_ps(sums[p][r]);
-            plane[0] += static_cast<float>(rest);
-            value = fused(value, all(65536.0f), plane);
-        }
-        totals[r] = fused(value, all(weights[r]), totals[r]);
-    }
-}
-
-#else
-
-constexpr int64_t kDirectStep = 0;
-
-template <int Rows, int Planes, int Fields>
-inline void dot_planes(const Codes&, const uint8_t*, const Place*, const Plane*, int64_t, int64_t, const float*,
-                       Floats*) {}
-
-#endif
-
-// Buffers of one thread for some rows: the codes of some segments, and the scales and zeros of all groups.
+// Buffers of one thread for some rows: the codes of some segments, the scales and zeros of all groups, and the weights
+// of all segments (or groups), of which a vector is loaded at a time.
 struct Scratch {
     Buffer<uint8_t> codes;
-    Buffer<float> scale, zero;
+    Buffer<float> scale, zero, weights;
+    int64_t stride;
 
-    Scratch(int64_t rows, int64_t codes, int64_t groups) : codes(codes), scale(rows * groups), zero(rows * groups) {}
-    bool whole() const { return codes.get() && scale.get() && zero.get(); }
+    Scratch(int64_t rows, int64_t codes, int64_t groups, int64_t most = 0)
+        : codes(codes), scale(rows * groups), zero(rows * groups), stride(most + kLanes) {
+        weights.reserve(rows * stride);
+    }
+    bool whole() const { return codes.get() && scale.get() && zero.get() && weights.get(); }
 };
 
-// A run of segments, and the scales and zeros of their rows.
+// A run of segments, and what belongs to their rows.
 struct Run {
     const Segments& cut;
     int64_t begin, end;
     const Codes& codes;
-    const float* scale;
-    const float* zero;
+    const Scratch& scratch;
 };
 
 // Totals stay in registers over all segments: a vector that is read soon after it was written stalls the processor.
-template <int Rows, int Planes, int Fields>
+template <int Rows, int Planes, int Fields, bool Joined>
 void add_fixed(const Run& run, const Input& input, Floats* sums) {
     Floats totals[Rows];
     for (int r = 0; r < Rows; ++r) totals[r] = sums[r];
+    Ints lanes = {};
+    for (int i = 0; i < kLanes && Joined; ++i) lanes[i] = static_cast<int32_t>(4 * i / run.cut.group);
+    // The fields of a code's neighbours lie in the same bytes, so that most segments touch no new memory. The processor,
+    // left to itself, would wait at the start of each row; here each segment asks for a share of the rows that come next.
+    const int64_t row_bytes = Fields ? run.codes.stride : 0, share = (row_bytes + run.cut.count - 1) / run.cut.count;
     for (int64_t s = run.begin; s < run.end; ++s) {
+        for (int64_t i = s * share; i < (s + 1) * share; i += kLine) {
+            for (int r = 0; r < Rows; ++r) __builtin_prefetch(run.codes.bytes + (Rows + r) * row_bytes + i);
+        }
         const Segment segment = run.cut[s];
-        float weights[Rows];
-        for (int r = 0; r < Rows; ++r) weights[r] = run.scale[r * run.cut.groups + segment.group] * input.steps[s];
+        const Weights weights = {run.scratch.weights.get() + run.cut.weight_of(s), run.scratch.stride};
         const uint8_t* bytes = run.codes.bytes + (Fields ? 0 : segment.start - run.codes.first);
-        dot_planes<Rows, Planes, Fields>(run.codes, bytes, run.codes.places + (Fields ? s : 0),
-                                         input.planes + segment.start, run.cut.columns, segment.end - segment.start,
-                                         weights, totals);
+        dot_planes<Rows, Planes, Fields, Joined>(run.codes, bytes, run.codes.places + (Fields ? s : 0),
+                                                 input.planes + segment.start, run.cut.columns,
+                                                 segment.end - segment.start, weights, lanes, totals);
     }
     for (int r = 0; r < Rows; ++r) sums[r] = totals[r];
 }
 
 using Add = void (*)(const Run&, const Input&, Floats*);
 
-template <int Planes, int Fields>
+template <int Planes, int Fields, bool Joined>
 Add add_of(int64_t rows) {
-    constexpr Add choice[] = {add_fixed<1, Planes, Fields>, add_fixed<2, Planes, Fields>, add_fixed<3, Planes, Fields>,
-                              add_fixed<4, Planes, Fields>};
+    constexpr Add choice[] = {add_fixed<1, Planes, Fields, Joined>, add_fixed<2, Planes, Fields, Joined>,
+                              add_fixed<3, Planes, Fields, Joined>, add_fixed<4, Planes, Fields, Joined>};
     return choice[rows - 1];
 }
 
-template <int Planes>
+template <int Planes, bool Joined>
 Add add_of(int fields, int64_t rows) {
-    if (kDirectStep == 0 || fields == 0) return add_of<Planes, 0>(rows);
-    if (fields == 1) return add_of<Planes, 1>(rows);
-    return fields == 2 ? add_of<Planes, 2>(rows) : add_of<Planes, 3>(rows);
+    if (kDirectStep == 0 || fields == 0) return add_of<Planes, 0, Joined>(rows);
+    if (fields == 1) return add_of<Planes, 1, Joined>(rows);
+    return fields == 2 ? add_of<Planes, 2, Joined>(rows) : add_of<Planes, 3, Joined>(rows);
 }
 
-inline Add add_of(int planes, int fields, int64_t rows) {
-    if (planes == 3) return add_of<3>(fields, rows);
-    return planes == 2 ? add_of<2>(fields, rows) : add_of<1>(fields, rows);
+template <bool Joined>
+Add add_of(int planes, int fields, int64_t rows) {
+    return planes == kMostPlanes ? add_of<kMostPlanes, Joined>(fields, rows)
+                                 : add_of<kMostPlanes - 1, Joined>(fields, rows);
+}
+
+inline Add add_of(bool joined, int planes, int fields, int64_t rows) {
+    return joined && kJoined > 0 ? add_of<(kJoined > 0)>(planes, fields, rows) : add_of<false>(planes, fields, rows);
+}
+
+// The weights of a run: scales times steps.
+inline void weigh(const Run& run, const float* steps, int64_t rows) {
+    const Segments& cut = run.cut;
+    const bool aligned = cut.joined || cut.count == cut.groups;
+    const int64_t end = cut.weight_of(run.end);
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* scale = run.scratch.scale.get() + r * cut.groups;
+        float* to = run.scratch.weights.get() + r * run.scratch.stride;
+        int64_t i = cut.weight_of(run.begin);
+        for (; aligned && i + kLanes <= end; i += kLanes) {
+            store(to + i, load<Floats>(scale + i) * load<Floats>(steps + i));
+        }
+        for (; i < end; ++i) to[i] = scale[aligned ? i : cut[i].group] * steps[i];
+    }
 }
 
 inline void add_floats(const Run& run, const Input& input, int64_t rows, Floats* sums) {
     for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* bytes = run.codes.bytes + r * run.codes.stride - run.codes.first;
         for (int64_t s = run.begin; s < run.end; ++s) {
-            const Segment segment = run.cut[s];
-            const int64_t group = r * run.cut.groups + segment.group;
-            const uint8_t* bytes = run.codes.bytes + r * run.codes.stride + segment.start - run.codes.first;
-            sums[r][0] += run.scale[group] * dot_floats(bytes, run.zero[group], input.numbers + segment.start,
-                                                        segment.end - segment.start);
+            run.cut.each_group(run.cut[s], [&](int64_t of, int64_t start, int64_t end) {
+                const int64_t group = r * run.cut.groups + of;
+                sums[r][0] += run.scratch.scale.get()[group] * dot_floats(bytes + start, run.scratch.zero.get()[group],
+                                                                          input.numbers + start, end - start);
+            });
         }
     }
 }
@@ -268,42 +165,55 @@ inline float shift_of(const Input& input, const float* scale, const float* zero,
     return rest;
 }
 
+// Writes one input in fixed point. False where it cannot be.
+inline bool fix_input(const Segments& cut, const float* numbers, int planes, Plane* to, float* steps, float* sums) {
+    double total = 0;
+    for (int64_t s = 0; s < cut.count; ++s) {
+        const Segment segment = cut[s];
+        float step;
+        if (!step_of(numbers + segment.start, segment.end - segment.start, planes, &step)) return false;
+        cut.each_group(segment, [&](int64_t group, int64_t start, int64_t end) {
+            if (start == group * cut.group) total = 0;
+            total += fix(numbers + start, end - start, step, planes, cut.columns, to + start);
+            sums[group] = static_cast<float>(total);
+            steps[cut.joined ? group : s] = step;
+        });
+    }
+    return true;
+}
+
 // All inputs of a call, prepared once for all rows.
 struct Inputs {
-    Buffer<float> numbers, steps, sums;
+    Buffer<float> numbers, steps, sums, times;
     Buffer<Plane> planes;
     Buffer<Input> each;
     Buffer<Place> places;
     Codes packed = {};
+    int64_t weights = 0;  // of a row
     bool direct = false;
 
-    bool prepare(const PintpotGridMatmul& call, const Segments& cut, int64_t groups) {
-        const int64_t columns = call.grid.columns;
+    bool prepare(const PintpotGridMatmul& call, const Segments& cut) {
+        const int64_t columns = call.grid.columns, groups = cut.groups;
         const int count = planes_of(call.dtype);
-        const bool held = numbers.reserve(call.count * columns) && steps.reserve(call.count * cut.count) &&
+        weights = cut.weight_of(cut.count);
+        const bool held = numbers.reserve(call.count * columns) && steps.reserve(call.count * weights) &&
                           sums.reserve(call.count * groups) && planes.reserve(call.count * columns * count) &&
                           each.reserve(call.count);
         if (!held) return false;
         for (int64_t i = 0; i < call.count; ++i) {
-            float* own = numbers.get() + i * columns;
+            float *own = numbers.get() + i * columns, *step = steps.get() + i * weights, *sum = sums.get() + i * groups;
             with_type(call.dtype, call.input, [&](const auto* all) { scales_of(all + i * columns, columns, own); });
             Plane* fixed = planes.get() + i * columns * count;
-            Input& input = each.get()[i];
-            input = {own, fixed, steps.get() + i * cut.count, sums.get() + i * groups, count > 0};
-            double total = 0;
-            for (int64_t s = 0; s < cut.count && input.fixed; ++s) {
-                const Segment segment = cut[s];
-                if (s == 0 || cut[s - 1].group != segment.group) total = 0;
-                input.fixed = fix_segment(own + segment.start, segment.end - segment.start, count, columns,
-                                          fixed + segment.start, steps.get() + i * cut.count + s, &total);
-                sums.get()[i * groups + segment.group] = static_cast<float>(total);
-            }
+            each.get()[i] = {own, fixed, step, sum, count > 0 && fix_input(cut, own, count, fixed, step, sum)};
         }
         // One input takes codes straight from where they are packed; several share what was unpacked once.
         if (kDirectStep > 0 && call.count == 1 && call.grid.bits < 8 && each.get()[0].fixed) {
-            if (!places.reserve(cut.count)) return false;
+            if (!places.reserve(cut.count) || !times.reserve(cut.count)) return false;
             packed.stride = packed_bytes(columns, call.grid.bits);
-            direct = find_places(call.grid.bits, cut, kDirectStep, places.get(), &packed);
+            direct = find_places(call.grid.bits, cut, kDirectStep, places.get(), times.get(), &packed);
+            for (int64_t s = 0; s < cut.count && direct; ++s) {
+                for (int64_t i = cut.weight_of(s); i < cut.weight_of(s + 1); ++i) steps.get()[i] /= times.get()[s];
+            }
         }
         return true;
     }
@@ -315,19 +225,21 @@ inline void multiply_few(const PintpotGridMatmul& call, const Segments& cut, con
     const int64_t columns = call.grid.columns, bits = call.grid.bits, bytes = packed_bytes(columns, bits);
     const uint8_t* packed = call.grid.packed + row * bytes;
     const int planes = planes_of(call.dtype);
-    const float *scale = scratch.scale.get(), *zero = scratch.zero.get();
     for (int64_t i = 0; i < call.count * kRowsAtOnce; ++i) sums[i] = Floats{};
     if (inputs.direct) {
         Codes codes = inputs.packed;
         codes.bytes = packed;
-        const Add add = add_of(planes, __builtin_popcount(static_cast<unsigned>(bits)), rows);
-        return add({cut, 0, cut.count, codes, scale, zero}, inputs.each.get()[0], sums);
+        const Add add = add_of(cut.joined, planes, __builtin_popcount(static_cast<unsigned>(bits)), rows);
+        const Run run = {cut, 0, cut.count, codes, scratch};
+        const Input& input = inputs.each.get()[0];
+        weigh(run, input.steps, rows);
+        return add(run, input, sums);
     }
-    const Add add = planes ? add_of(planes, 0, rows) : nullptr;
+    const Add add = planes ? add_of(cut.joined, planes, 0, rows) : nullptr;
     for (int64_t begin = 0, end = 0; begin < cut.count; begin = end) {
         const int64_t first = cut[begin].start;
         for (end = begin + 1; end < cut.count && cut[end].end - first <= kColumnsAtOnce; ++end) continue;
-        Codes codes = {scratch.codes.get(), kColumnsAtOnce, first, nullptr, {}, {}};
+        Codes codes = {scratch.codes.get(), kColumnsAtOnce, first, nullptr, {}};
         if (bits == 8) {
             // A code of 8 bits is its own byte.
             codes.bytes = packed + first;
@@ -337,10 +249,11 @@ inline void multiply_few(const PintpotGridMatmul& call, const Segments& cut, con
             unpack_part(packed + r * bytes, bits, columns, first, cut[end - 1].end,
                         scratch.codes.get() + r * kColumnsAtOnce);
         }
-        const Run run = {cut, begin, end, codes, scale, zero};
+        const Run run = {cut, begin, end, codes, scratch};
         for (int64_t i = 0; i < call.count; ++i) {
             const Input& input = inputs.each.get()[i];
             if (input.fixed) {
+                weigh(run, input.steps, rows);
                 add(run, input, sums + i * kRowsAtOnce);
             } else {
                 add_floats(run, input, rows, sums + i * kRowsAtOnce);
@@ -354,7 +267,7 @@ bool multiply_rows(const PintpotGridMatmul& call, const Segments& cut, const Inp
                    int64_t end) {
     const PintpotGrid& grid = call.grid;
     const int64_t groups = cut.groups, codes = kRowsAtOnce * kColumnsAtOnce;
-    const Scratch scratch(kRowsAtOnce, codes > groups ? codes : groups, groups);
+    const Scratch scratch(kRowsAtOnce, codes > groups ? codes : groups, groups, inputs.weights);
     Buffer<Floats> sums(call.count * kRowsAtOnce);
     if (!scratch.whole() || !sums.get()) return false;
     for (int64_t row = begin; row < end; row += kRowsAtOnce) {
@@ -384,7 +297,7 @@ int grid_matmul(const PintpotGridMatmul& call) {
     const PintpotGrid& grid = call.grid;
     const Segments cut(grid.columns, grid.group);
     Inputs inputs;
-    if (!cut.whole() || !inputs.prepare(call, cut, cut.groups)) return 1;
+    if (!cut.whole() || !inputs.prepare(call, cut)) return 1;
     const int64_t work = grid.rows * grid.columns * call.count;
     bool failed = false;
     pintpot::parallel_for(grid.rows, useful_threads(call.threads, work, kProductsPerThread),
@@ -400,12 +313,12 @@ template <typename Number>
 inline void dequantize_row(const Segments& cut, const uint8_t* codes, const float* scale, const float* zero,
                            Number* to) {
     for (int64_t s = 0; s < cut.count; ++s) {
-        const int64_t group = cut[s].group, end = cut[s].end;
-        int64_t i = cut[s].start;
-        for (; i + kLanes <= end; i += kLanes) {
-            put_all(to + i, (floats_of_bytes(codes + i) - zero[group]) * scale[group]);
-        }
-        for (; i < end; ++i) put(to + i, (static_cast<float>(codes[i]) - zero[group]) * scale[group]);
+        cut.each_group(cut[s], [&](int64_t group, int64_t i, int64_t end) {
+            for (; i + kLanes <= end; i += kLanes) {
+                put_all(to + i, (floats_of_bytes(codes + i) - zero[group]) * scale[group]);
+            }
+            for (; i < end; ++i) put(to + i, (static_cast<float>(codes[i]) - zero[group]) * scale[group]);
+        });
     }
 }
 
