@@ -8,9 +8,11 @@ after the other is used out of so many copies that none is still in the processo
 as in decoding a model. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
 medians. ``plain torch`` is the same call without the library.
 
-Peers: torch's dense product (the baseline) and its 4-bit product for CPUs; bitsandbytes' 4-bit product (NF4) and its
-8-bit AdamW; torchao's 8-bit and 4-bit AdamW; torch's fused AdamW (the baseline). They are measured where they are
-installed: ``pip install --no-deps bitsandbytes``, and ``pip install --no-deps --target out/peers torchao``.
+Peers: torch's dense product (the baseline) and its 4-bit and 8-bit products for CPUs (the latter is what torchao's
+int8 weights use); llama.cpp's formats of as many bits, which round inputs to 8 bits; bitsandbytes' 4-bit product (NF4)
+and its 8-bit AdamW; torchao's 8-bit and 4-bit AdamW; torch's fused AdamW (the baseline). They are measured where they
+are installed: ``pip install --no-deps bitsandbytes``, ``pip install --no-deps --target out/peers torchao``, and an
+optimised build of llama.cpp's libraries in ``out/ggml``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.kernels_ggml import ggml
 from benchmarks.rows import append_rows, stamp
+from benchmarks.weights_ggml import packed_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,6 +49,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 CACHE_BYTES = 64 << 20
 """More than the last cache of the processors that this is run on, or of the share of it that one process gets."""
 NUMEL = 1 << 25
+GGML_TYPES = {2: ("Q2_K",), 3: ("Q3_K",), 4: ("Q4_0", "Q4_K"), 5: ("Q5_K",), 6: ("Q6_K",), 8: ("Q8_0",)}
+"""llama.cpp's formats of so many bits."""
+
 SEED = 0
 BASE_PRODUCT, BASE_STEP = "torch dense", "torch AdamW fused"
 Run = Callable[[], object]
@@ -118,6 +125,26 @@ def torch_int4_product(weight: Tensor, x: Tensor, group: int) -> tuple[Run, int]
     return run, size
 
 
+def torch_int8_product(weight: Tensor, x: Tensor) -> tuple[Run, int]:
+    """Torch's own 8-bit product, with a scale a row."""
+    scale = weight.abs().amax(1) / 127
+    codes = (weight / scale[:, None]).round().to(torch.int8)
+    turns = itertools.cycle([codes.clone() for _ in range(CACHE_BYTES // codes.nbytes + 2)])
+    held = scale.to(x.dtype)
+    return lambda: torch.ops.aten._weight_int8pack_mm(x, next(turns), held), codes.nbytes + held.nbytes
+
+
+def ggml_product(weight: Tensor, x: Tensor, kind: str) -> tuple[Run, int]:
+    """llama.cpp's product, over copies of a weight in turn."""
+    backend = ggml(torch.get_num_threads())
+    if backend is None:
+        raise ImportError("there is no build of llama.cpp")
+    packed = packed_weight(weight, kind)
+    copies = CACHE_BYTES // packed.nbytes + 2
+    turns = itertools.cycle([backend.product(kind, packed, *weight.shape, x)[0] for _ in range(copies)])
+    return lambda: next(turns)(), packed.nbytes
+
+
 def bitsandbytes_product(weight: Tensor, x: Tensor, group: int) -> tuple[Run, int]:
     """The NF4 product of bitsandbytes for one row."""
     functions = importlib.import_module("bitsandbytes.functional")
@@ -133,6 +160,11 @@ def product_ways(weight: Tensor, x: Tensor, bits: int, group: int) -> dict[str, 
     grid = Grid(bits=bits, group_size=group, scale_dtype=scale)
     ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: grid_product(grid, weight, x)}
     ways["pintpot, plain torch"] = ways["pintpot"]
+    # It takes float32 inputs only.
+    for kind in GGML_TYPES.get(bits, ()) if x.dtype == torch.float32 and group == 128 else ():
+        ways[f"llama.cpp {kind}"] = lambda kind=kind: ggml_product(weight, x, kind)
+    if bits == 8:
+        ways["torch int8"] = lambda: torch_int8_product(weight, x)
     if bits == 4:
         ways["torch int4"] = lambda: torch_int4_product(weight, x, group)
         # Its smallest block is of 64.

@@ -102,7 +102,9 @@ class Ggml:
         listed = ctypes.CFUNCTYPE(ctypes.POINTER(VOID), VOID)(address)(self.device)
         return list(itertools.takewhile(bool, listed)) if listed else []
 
-    def product(self, kind: str, packed: Tensor, rows: int, columns: int, x: Tensor) -> tuple[Callable[[], Tensor], bool]:
+    def product(
+        self, kind: str, packed: Tensor, rows: int, columns: int, x: Tensor
+    ) -> tuple[Callable[[], Tensor], bool]:
         """Multiplies inputs by one packed weight.
 
         Args:
