@@ -19,15 +19,15 @@ constexpr int kPlaneBits = 16;
 #endif
 
 #if defined(PINTPOT_AVX512)
-constexpr int kMostPlanes = 3;
+constexpr int kDigits = 3;
 #else
-constexpr int kMostPlanes = 2;
+constexpr int kDigits = 2;
 #endif
 
 // Of an input of a dtype; none where there are no integer products.
 inline int planes_of(int64_t dtype) {
 #if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
-    return dtype == kFloat32 ? kMostPlanes : kMostPlanes - 1;
+    return dtype == kFloat32 ? kDigits : kDigits - 1;
 #else
     (void)dtype;
     return 0;

@@ -116,8 +116,8 @@ Add add_of(int fields, int64_t rows) {
 
 template <bool Joined>
 Add add_of(int planes, int fields, int64_t rows) {
-    return planes == kMostPlanes ? add_of<kMostPlanes, Joined>(fields, rows)
-                                 : add_of<kMostPlanes - 1, Joined>(fields, rows);
+    return planes == kDigits ? add_of<kDigits, Joined>(fields, rows)
+                                 : add_of<kDigits - 1, Joined>(fields, rows);
 }
 
 inline Add add_of(bool joined, int planes, int fields, int64_t rows) {
