@@ -49,7 +49,8 @@ inline void store(void* to, Vector vector) {
     std::memcpy(to, &vector, sizeof(vector));
 }
 
-inline Floats all(float value) { return Floats{} + value; }
+// (A sum with zero would have to be computed: it makes 0 of -0.)
+inline Floats all(float value) { return value - Floats{}; }
 
 inline Floats square_root(Floats x) {
 #if defined(PINTPOT_AVX512)
