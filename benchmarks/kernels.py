@@ -1,4 +1,6 @@
-"""The compiled CPU kernels beside the plain torch definitions and what others offer: products and optimizer steps.
+"""The compiled CPU kernels beside the plain torch definitions and what others offer.
+
+Products of packed weights, optimizer steps on packed moments, and attention to packed caches.
 
 Run with ``python -m benchmarks.kernels`` (some minutes on a quiet machine; ``--quick`` tries everything at small sizes
 and writes nothing). Before each part the rate of reading memory is measured in the same process, with the same threads.
@@ -6,7 +8,9 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
 as in decoding a model. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
-medians. ``plain torch`` is the same call without the library.
+medians. ``plain torch`` is the same call without the library. Attention: one token's queries of a layer with 32 query
+heads of 128 numbers, to caches of bfloat16 numbers that are stored packed; the baseline is torch's fused attention to
+the same numbers dense.
 
 Peers: torch's dense product (the baseline) and its 4-bit and 8-bit products for CPUs (the latter is what torchao's
 int8 weights use); llama.cpp's formats of as many bits, which round inputs to 8 bits; bitsandbytes' 4-bit product (NF4)
@@ -18,6 +22,7 @@ optimised build of llama.cpp's libraries in ``out/ggml``.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -36,6 +41,11 @@ from benchmarks.weights_ggml import packed_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pintpot.cache._base import Call, LayerSizes, Place, Store
+from pintpot.cache.fp8 import FP8
+from pintpot.cache.kivi import KIVI
+from pintpot.cache.stream import attend_chunks
+from pintpot.cache.tokens import Tokens
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
@@ -53,7 +63,9 @@ GGML_TYPES = {2: ("Q2_K",), 3: ("Q3_K",), 4: ("Q4_0", "Q4_K"), 5: ("Q5_K",), 6: 
 """llama.cpp's formats of so many bits."""
 
 SEED = 0
-BASE_PRODUCT, BASE_STEP = "torch dense", "torch AdamW fused"
+BASE_PRODUCT, BASE_STEP, BASE_ATTENTION = "torch dense", "torch AdamW fused", "torch SDPA bfloat16"
+QUERY_HEADS, HEAD_DIM = 32, 128
+STORES: tuple[Store, ...] = (KIVI(bits=2), KIVI(bits=4), FP8())
 Run = Callable[[], object]
 
 
@@ -223,13 +235,53 @@ def steps(numel: int, most_seconds: float) -> Iterator[dict[str, Any]]:
         yield from _rows(step_ways(numel, dtype, bits), BASE_STEP, about, rate, most_seconds)
 
 
+def dense_attention(keys: Tensor, values: Tensor, query: Tensor) -> tuple[Run, int]:
+    """Torch's fused attention, over copies of keys and values in turn."""
+    size = keys.nbytes + values.nbytes
+    turns = itertools.cycle([(keys.clone(), values.clone()) for _ in range(CACHE_BYTES // size + 2)])
+    grouped = query.shape[1] != keys.shape[1]
+    return lambda: functional.scaled_dot_product_attention(query, *next(turns), enable_gqa=grouped), size
+
+
+def packed_attention(store: Store, keys: Tensor, values: Tensor, query: Tensor) -> tuple[Run, int]:
+    """Ours, over several stored layers in turn."""
+    call = Call(module=nn.Module(), query=query, scaling=HEAD_DIM**-0.5)
+    heads = keys.shape[1]
+
+    def filled() -> Any:
+        state = store.open(Place(LayerSizes(heads, HEAD_DIM, HEAD_DIM, QUERY_HEADS)))
+        state.append(Tokens.consecutive(keys, values))
+        return state
+
+    states = [filled()]
+    size = states[0].nbytes()
+    states += [filled() for _ in range(CACHE_BYTES // size + 1)]
+    turns = itertools.cycle(states)
+    return lambda: attend_chunks(call, list(next(turns).chunks(call)), heads), size
+
+
+def attentions(contexts: tuple[int, ...], most_seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of attention to stored tokens, with a key-value head for each query head and for each four."""
+    rate = read_rate(most_seconds)
+    for tokens, heads, store in itertools.product(contexts, (QUERY_HEADS, QUERY_HEADS // 4), STORES):
+        generator = torch.Generator().manual_seed(SEED)
+        keys, values = (torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).bfloat16() for _ in range(2))
+        query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
+        ways = {BASE_ATTENTION: functools.partial(dense_attention, keys, values, query)}
+        ways["pintpot"] = functools.partial(packed_attention, store, keys, values, query)
+        ways["pintpot, plain torch"] = ways["pintpot"]
+        about = {"model": f"{QUERY_HEADS} heads on {heads} of {HEAD_DIM}", "data": "1 token, bfloat16"}
+        about |= {"config": str(store), "context_tokens": tokens}
+        yield from _rows(ways, BASE_ATTENTION, about, rate, most_seconds)
+
+
 def _rows(
     ways: dict[str, Callable[[], tuple[Run, int]]], base: str, about: dict, rate: float, most_seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Time and share of the read rate of every way; what cannot run keeps its row, with the reason."""
     base_seconds = None
     for name, make in ways.items():
-        row = {**about, "technique": name, "context_tokens": "", "seed": SEED, "metric": "time", "unit": "ms"}
+        row = {"context_tokens": "", **about, "technique": name, "seed": SEED, "metric": "time", "unit": "ms"}
         path = native.path() if name == "pintpot" else ""
         row["config"] = f"{about['config']}{', ' + path if path else ''}"
         try:
@@ -266,13 +318,14 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "steps"))
+    parser.add_argument("--only", choices=("products", "steps", "attention"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
     parts = {
         "products": lambda: products(shapes, widths, seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
+        "attention": lambda: attentions((512,) if options.quick else (4096, 16384), seconds),
     }
     for name, part in parts.items():
         if options.only not in (None, name):

@@ -18,9 +18,9 @@ key-value head. Keys and values (B, K, T, D), rotated already where the model ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Workload
+from pintpot.kernels import Attended, reads_packed
 
 GROW_TOKENS = 128
 """A dense buffer grows by this many tokens: a copy of it every 128 tokens rather than every token."""
@@ -56,6 +57,11 @@ class LayerSizes:
     value_dim: int
     query_heads: int = 0
     hidden: int = 0
+
+    @property
+    def read_packed(self) -> bool:
+        """Whether one token's queries read packed blocks as they are, where the store has a kernel for it."""
+        return reads_packed(-(-self.query_heads // self.heads))
 
     def dense_bytes(self, tokens: int, batch: int, dtype: torch.dtype) -> int:
         """Bytes of ``tokens`` tokens of ``batch`` sequences, stored densely."""
@@ -154,6 +160,14 @@ class Chunk(ABC):
     @abstractmethod
     def mix(self, weights: Tensor) -> Tensor:
         """Values weighted by float32 (B, K, M, tokens): float32 (B, K, M, D)."""
+
+    @classmethod
+    def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
+        """What float32 queries (B, K, M, D) get from several chunks of this kind, all seen by all queries.
+
+        None, as a rule, where that takes the chunks' ``scores`` and ``mix``.
+        """
+        return None
 
 
 class StoreState(ABC):

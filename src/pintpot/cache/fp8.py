@@ -4,7 +4,8 @@ Source:    the practice of inference servers (vLLM, "Quantized KV Cache": E4M3 w
            Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433.
 Differs:   servers take one scale for a tensor or a head, found beforehand or from the first tokens; here each token of
            each head has its own by default. Attention is computed in float32, not in 8 bits.
-Saves:     kv_cache, real: a byte for each number, and two for each scale. Attending makes 256 tokens float32 at a time.
+Saves:     kv_cache, real: a byte for each number, and two for each scale. Attending makes 256 tokens float32 at a time
+           where there is no compiled kernel.
 Shapes:    codes (B, K, T, D) in float8_e4m3fn, scales bfloat16 (B, K, T, 1), or (B, K, 1, 1) for a head.
 Composes:  any keep.
 Use when:  half of the cache's bytes is enough and nothing may be noticed.
@@ -13,8 +14,9 @@ Not when:  fewer bits do: kivi(bits=4) takes little more than half of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Source, technique
 from pintpot.core.workload import Workload
+from pintpot.kernels import Attended, Float8Block, attend_fp8, attend_serves
 
 FORMAT = torch.float8_e4m3fn
 GREATEST = torch.finfo(FORMAT).max
@@ -76,12 +79,13 @@ class FP8(Store):
         return batch * sizes.heads * (numbers + 2 * 2 * (room if self.scales == "token" else 1))
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
-        """Numbers of one block, keys or values, in float32."""
-        return BLOCK_TOKENS * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim) * 4
+        """Numbers of one block, keys or values, in float32, or of the queries where these read blocks as they are."""
+        width = max(sizes.key_dim, sizes.value_dim) * 4
+        return batch * width * (4 * sizes.query_heads if sizes.read_packed else BLOCK_TOKENS * sizes.heads)
 
     def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
-        """See ``Store.decode_bytes``: numbers are read, written in float32 and read."""
-        numbers = place.sizes.dense_bytes(tokens, batch, torch.float32)
+        """See ``Store.decode_bytes``: read once; where there is no kernel, written in float32 and read again."""
+        numbers = 0 if place.sizes.read_packed else place.sizes.dense_bytes(tokens, batch, torch.float32)
         return self.predict_bytes(tokens, place, batch, dtype) + 2 * numbers
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
@@ -141,8 +145,9 @@ class FP8State(StoreState):
 
     def chunks(self, call: Call) -> Iterator[Chunk]:
         """See ``StoreState.chunks``."""
-        for _, columns in self.rows.views():
-            yield FP8Chunk(columns, self.scales)
+        for index, held in enumerate(self.rows.blocks):
+            scales = self.scales if self.by_head else {name: held[f"{name}_scale"] for name in ("keys", "values")}
+            yield FP8Chunk(held, scales, min(BLOCK_TOKENS, self.tokens - index * BLOCK_TOKENS))
 
     def tensors(self) -> Iterator[Tensor]:
         """See ``StoreState.tensors``."""
@@ -156,25 +161,36 @@ class FP8State(StoreState):
 
 
 class FP8Chunk(Chunk):
-    """A block. Scales are applied to scores and weights, of which there are fewer than of numbers."""
+    """The first tokens of a block. Scales are applied to scores and weights, of which there are fewer than of numbers.
 
-    def __init__(self, columns: Columns, scales: Columns) -> None:
-        self.tokens = columns["keys"].shape[2]
-        self.keys, self.values = columns["keys"].view(FORMAT), columns["values"].view(FORMAT)
-        self.key_scale = columns.get("keys_scale", scales.get("keys"))
-        self.value_scale = columns.get("values_scale", scales.get("values"))
+    Args:
+        held: the bytes of the block, spare room included.
+        scales: of keys and of values.
+        tokens: how many are there.
+    """
+
+    def __init__(self, held: Columns, scales: Columns, tokens: int) -> None:
+        self.tokens = tokens
+        self.block = Float8Block(held["keys"], scales["keys"], held["values"], scales["values"], tokens)
 
     def scores(self, query: Tensor) -> Tensor:
         """See ``Chunk.scores``."""
-        return (query @ self.keys.float().transpose(-1, -2)).mul_(_across(self.key_scale))
+        numbers = self._numbers(self.block.keys)
+        return (query @ numbers.transpose(-1, -2)).mul_(self._across(self.block.key_scale))
 
     def mix(self, weights: Tensor) -> Tensor:
         """See ``Chunk.mix``."""
-        return (weights * _across(self.value_scale)) @ self.values.float()
+        return (weights * self._across(self.block.value_scale)) @ self._numbers(self.block.values)
 
+    @classmethod
+    def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
+        """See ``Chunk.attend_run``: few queries read the bytes as they are, where that is compiled."""
+        blocks = [chunk.block for chunk in chunks]
+        return attend_fp8(query, blocks, softcap=softcap) if attend_serves(query, blocks) else None
 
-def _across(scale: Tensor | None) -> Tensor:
-    """Scales (B, K, T or 1, 1) along the tokens of scores: float32 (B, K, 1, T or 1)."""
-    if scale is None:
-        raise ValueError("a block of fp8 has scales")
-    return scale.float().transpose(-1, -2)
+    def _numbers(self, codes: Tensor) -> Tensor:
+        return codes[:, :, : self.tokens].view(FORMAT).float()
+
+    def _across(self, scale: Tensor) -> Tensor:
+        """Scales (B, K, T or 1, 1) along the tokens of scores: float32 (B, K, 1, tokens or 1)."""
+        return scale[:, :, : self.tokens].float().transpose(-1, -2)

@@ -6,8 +6,8 @@ Differs:   values leave the window a group at a time instead of one token at a t
            residual_length + group_size - 1 of them); scale and least value take two bytes each; where the head dim is
            no multiple of group_size, the values' groups are its largest divisor below.
 Saves:     kv_cache, real: bits + 32 / group_size bits for each number outside the window. Storage grows by
-           groups of tokens, copied until a block of 256 is full. Attending makes one block dense at a time; packing a
-           prompt needs one block's temporaries.
+           groups of tokens, copied until a block of 256 is full. Attending reads blocks as they are packed where that
+           is compiled, and elsewhere makes one dense at a time; packing a prompt needs one block's temporaries.
 Shapes:    keys packed (B, K, D, tokens / G, bytes), values packed (B, K, tokens, bytes); see packed.py.
 Composes:  any keep: survivors are packed when the keep lets them go, and the keep's pending window stands for ours.
 Use when:  long contexts or large batches; 4 bits cost almost nothing, 2 bits little in larger models.
@@ -107,19 +107,20 @@ class KIVI(Store):
         return batch * (window + packed)
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
-        """Codes and numbers of one block, keys or values; or the window, put together with late keys and new tokens."""
-        block = BLOCK_TOKENS * 5
+        """The window, put together with late keys and new tokens; or codes and numbers of a block made dense."""
+        block = 0 if sizes.read_packed else BLOCK_TOKENS * 5
         window = (self.residual_length + self.group_size) * 4 * 6
         return max(block, window) * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim)
 
     def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
-        """See ``Store.decode_bytes``.
+        """See ``Store.decode_bytes``: once what is packed, where the kernel reads it.
 
-        Each code is unpacked (written, read), made a number, scaled, shifted and used: about seven passes over
-        four bytes.
+        Elsewhere each code is unpacked (written, read), made a number, scaled, shifted and used: about seven passes
+        over four bytes.
         """
         numbers = place.sizes.dense_bytes(tokens, batch, torch.float32) // 4
-        return self.predict_bytes(tokens, place, batch, dtype) + numbers * (2 + 7 * 4)
+        passes = 0 if place.sizes.read_packed else 2 + 7 * 4
+        return self.predict_bytes(tokens, place, batch, dtype) + numbers * passes
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From the table; the groups' size changes it as the square of their number's range, roughly."""

@@ -8,14 +8,15 @@ M = D / G' groups of channels. Codes are unsigned; a number is ``code * scale + 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from pintpot.cache._base import Chunk, LayerSizes
-from pintpot.kernels import pack, packed_size, restore
+from pintpot.kernels import Attended, PackedBlock, attend_packed, attend_serves, pack, packed_size, restore
 
 BLOCK_TOKENS = 256
 """Tokens of a block: what streamed attention makes dense at a time, and at most so many are spare."""
@@ -143,6 +144,11 @@ class Block:
         packed, bits = self.values[..., here, :], self.layout.bits
         return restore(packed, scale, low, bits=bits, group_size=group_size, count=self.value_dim)
 
+    def first(self, tokens: int) -> PackedBlock:
+        """Its first tokens, for the kernel that attends to them."""
+        keys, values = (self.keys, self.key_scale, self.key_low), (self.values, self.value_scale, self.value_low)
+        return PackedBlock(*keys, *values, tokens)
+
     def tensors(self) -> Iterator[Tensor]:
         """What is held."""
         yield from (self.keys, self.key_scale, self.key_low, self.values, self.value_scale, self.value_low)
@@ -176,3 +182,13 @@ class BlockChunk(Chunk):
     def mix(self, weights: Tensor) -> Tensor:
         """See ``Chunk.mix``."""
         return weights @ self.block.read_values(0, self.tokens)
+
+    @classmethod
+    def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
+        """See ``Chunk.attend_run``: few queries read blocks as they are packed, where that is compiled."""
+        layout = chunks[0].block.layout
+        blocks = [chunk.block.first(chunk.tokens) for chunk in chunks]
+        if not attend_serves(query, blocks):
+            return None
+        groups = {"key_group": layout.key_group, "value_group": layout.value_group}
+        return attend_packed(query, blocks, bits=layout.bits, softcap=softcap, **groups)

@@ -8,6 +8,7 @@ Shapes:  B batch, H query heads, K key-value heads, R = H / K, S queries, Q quer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from pintpot.cache._base import Call, Chunk
 from pintpot.cache.dense import CHUNK_TOKENS, dense_chunks
 from pintpot.cache.residue import ResidueState
 from pintpot.core.errors import CompositionError
+from pintpot.kernels import Attended
 
 SCORES_AT_ONCE = 4 << 20
 """Scores (float32 numbers) of one block of queries and one chunk."""
@@ -96,32 +98,53 @@ def _attend_rows(call: Call, chunks: Sequence[Chunk], heads: int, residue: Resid
     grouped = (query.float() * call.scaling).reshape(batch, heads, -1, query.shape[-1])
     online = _Online(call.sinks, batch, heads, count)
     last_seen = total - call.queries + rows.start + count if call.causal else total
-    for chunk, start in _with_starts(chunks):
-        if start >= last_seen:
-            break
-        scores = chunk.capped(grouped, call.softcap)
-        online.add(_masked(call, scores, rows.start, start, total, heads), chunk.mix)
+    for run, first in _runs(chunks):
+        stop = first + sum(chunk.tokens for chunk in run)
+        whole = _seen_by_all(call, rows.start, stop, total)
+        found = type(run[0]).attend_run(run, grouped, call.softcap) if whole else None
+        if found is not None:
+            online.join(found)
+            continue
+        for chunk, start in _with_starts(run, first):
+            if start >= last_seen:
+                break
+            scores = chunk.capped(grouped, call.softcap)
+            online.add(_masked(call, scores, rows.start, start, total, heads), chunk.mix)
     if residue is not None:
         scores, values = residue.answer(query)
         online.add(scores, values.mul)
-    out = online.out / online.norm
-    return out.reshape(batch, query_heads, count, -1).transpose(1, 2)
+    return online.mean.reshape(batch, query_heads, count, -1).transpose(1, 2)
 
 
-def _with_starts(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, int]]:
+def _runs(chunks: Sequence[Chunk]) -> Iterator[tuple[list[Chunk], int]]:
+    """Neighbours of one kind together, each run with the number of its first token."""
     start = 0
+    for _, same in groupby(chunks, key=type):
+        run = list(same)
+        yield run, start
+        start += sum(chunk.tokens for chunk in run)
+
+
+def _with_starts(chunks: Sequence[Chunk], start: int) -> Iterator[tuple[Chunk, int]]:
     for chunk in chunks:
         yield chunk, start
         start += chunk.tokens
+
+
+def _seen_by_all(call: Call, first_row: int, stop: int, total: int) -> bool:
+    """Whether queries from ``first_row`` on see all tokens before ``stop``."""
+    return call.mask is None and not _hides_future(call, first_row, stop, total)
+
+
+def _hides_future(call: Call, first_row: int, stop: int, total: int) -> bool:
+    return call.adds_causality and stop > total - call.queries + first_row + 1
 
 
 def _masked(call: Call, scores: Tensor, first_row: int, start: int, total: int, heads: int) -> Tensor:
     """Scores (B, K, R * Q, N) with those of unseen tokens at the least number."""
     columns = slice(start, start + scores.shape[-1])
     count = scores.shape[2] * heads // call.query.shape[1]
-    seen_by_all = total - call.queries + first_row + 1
-    hides_future = call.adds_causality and columns.stop > seen_by_all
-    if call.mask is None and not hides_future:
+    if _seen_by_all(call, first_row, columns.stop, total):
         return scores
     split = scores.unflatten(2, (-1, count))
     least = torch.finfo(scores.dtype).min
@@ -130,9 +153,9 @@ def _masked(call: Call, scores: Tensor, first_row: int, start: int, total: int, 
         mask = call.mask[..., columns] if every_row else call.mask[..., first_row : first_row + count, columns]
         mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
         split = split.masked_fill(~mask, least) if mask.dtype == torch.bool else split + mask
-    if hides_future:
+    if _hides_future(call, first_row, columns.stop, total):
         positions = torch.arange(columns.start, columns.stop, device=scores.device)
-        own = torch.arange(seen_by_all - 1, seen_by_all - 1 + count, device=scores.device)
+        own = torch.arange(count, device=scores.device) + (total - call.queries + first_row)
         split = split.masked_fill(positions > own[:, None], least)
     return split.flatten(2, 3)
 
@@ -141,31 +164,37 @@ class _Online:
     """Softmax-weighted sums over chunks that come one by one.
 
     Attributes:
-        top: greatest score so far, (B, K, M, 1).
-        norm: sum of the exponentials, relative to it.
-        out: the weighted sum of values, relative to it, (B, K, M, D).
+        found: what the chunks so far give; None before the first.
     """
 
     def __init__(self, sinks: Tensor | None, batch: int, heads: int, count: int) -> None:
-        self.top: Tensor | None = None
-        self.out: Tensor = torch.zeros(())
-        self.norm: Tensor = torch.zeros(())
+        self.found: Attended | None = None
         if sinks is not None:
             top = sinks.float().reshape(1, heads, -1, 1).expand(batch, heads, -1, count)
-            self.top = top.reshape(batch, heads, -1, 1)
-            self.norm = torch.ones_like(self.top)
-            self.out = torch.zeros_like(self.top)
+            top = top.reshape(batch, heads, -1, 1)
+            self.found = Attended(torch.zeros_like(top), top, torch.ones_like(top))
+
+    def join(self, found: Attended) -> None:
+        """Some more chunks, attended to already."""
+        self.found = found if self.found is None else self.found.joined(found)
 
     def add(self, scores: Tensor, mix: Callable[[Tensor], Tensor]) -> None:
         """One more chunk with its scores (B, K, M, N), and what gives its values by their weights."""
         top = scores.amax(dim=-1, keepdim=True)
-        if self.top is not None:
-            top = torch.maximum(top, self.top)
+        if self.found is not None:
+            top = torch.maximum(top, self.found.top)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(dim=-1, keepdim=True)
         out = mix(weights)
-        if self.top is not None:
-            shrink = (self.top - top).exp_()
-            norm = norm.add_(self.norm * shrink)
-            out = out.add_(self.out * shrink)
-        self.top, self.norm, self.out = top, norm, out
+        if self.found is not None:
+            shrink = (self.found.top - top).exp_()
+            norm = norm.add_(self.found.norm * shrink)
+            out = out.add_(self.found.out * shrink)
+        self.found = Attended(out, top, norm)
+
+    @property
+    def mean(self) -> Tensor:
+        """The values' weighted mean, (B, K, M, D)."""
+        if self.found is None:
+            raise ValueError("no tokens came")
+        return self.found.out / self.found.norm

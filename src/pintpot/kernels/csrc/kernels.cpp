@@ -1,6 +1,7 @@
 // All operations for one instruction set. The build compiles this file once for each, with its options and its name in
 // PINTPOT_ISA; what is not the table below has internal linkage, so that no two copies are mixed up by the linker.
 #include "adam.h"
+#include "attend.h"
 #include "dispatch.h"
 #include "grid.h"
 

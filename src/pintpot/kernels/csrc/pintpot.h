@@ -64,6 +64,30 @@ struct PintpotGridDequantize {
     int64_t dtype, threads;
 };
 
+// Packed keys and values of `tokens` tokens of every head, with room for `room`.
+struct PintpotAttendBlock {
+    const uint8_t* keys;     // attend_packed: (heads, key_dim, room / key_group, packed_size(key_group, bits));
+                             // attend_fp8: (heads, room, key_dim)
+    const void* key_scale;   // (heads, key_dim, room / key_group); attend_fp8: (heads, room), or (heads,)
+    const void* key_low;     // likewise; attend_fp8: null
+    const uint8_t* values;   // (heads, room, packed_size(value_dim, bits)); attend_fp8: (heads, room, value_dim)
+    const void* value_scale; // (heads, room, value_dim / value_group); attend_fp8: (heads, room), or (heads,)
+    const void* value_low;   // likewise; attend_fp8: null
+    int64_t tokens, room;
+};
+
+struct PintpotAttend {
+    const PintpotAttendBlock* blocks;
+    const float* query;  // (heads, rows, key_dim), scaled
+    float* out;          // (heads, rows, value_dim), relative to top
+    float* top;          // (heads, rows), the greatest score
+    float* norm;         // (heads, rows), the sum of the exponentials, relative to top
+    int64_t scale_dtype, bits;
+    int64_t key_group, value_group;  // attend_fp8: key_group is 1 where each token has a scale, else 0
+    int64_t count, heads, rows, key_dim, value_dim, threads;
+    double softcap;  // scores become softcap * tanh(scores / softcap); 0 leaves them
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
@@ -77,7 +101,9 @@ void pintpot_use_runtime(void* parallel);
     EACH(unpack, PintpotPacking) \
     EACH(restore, PintpotRestore) \
     EACH(grid_dequantize, PintpotGridDequantize) \
-    EACH(grid_matmul, PintpotGridMatmul)
+    EACH(grid_matmul, PintpotGridMatmul) \
+    EACH(attend_packed, PintpotAttend) \
+    EACH(attend_fp8, PintpotAttend)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)

@@ -49,7 +49,7 @@ inline void store(void* to, Vector vector) {
     std::memcpy(to, &vector, sizeof(vector));
 }
 
-// (A difference, since a sum with zero would have to be computed: it makes -0 0.)
+// (A sum with zero would have to be computed: it makes 0 of -0.)
 inline Floats all(float value) { return value - Floats{}; }
 
 inline Floats square_root(Floats x) {
