@@ -61,14 +61,15 @@ struct Segments {
     int64_t columns, group, groups, count;
     Buffer<Segment> list;
 
-    Segments(int64_t columns, int64_t group) : columns(columns), group(group), groups((columns + group - 1) / group) {
-        const int64_t each = (group + kSegment - 1) / kSegment;
+    Segments(int64_t columns, int64_t group, int64_t most = kSegment)
+        : columns(columns), group(group), groups((columns + group - 1) / group) {
+        const int64_t each = (group + most - 1) / most;
         count = 0;
         if (!list.reserve(groups * each)) return;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t end = (g + 1) * group < columns ? (g + 1) * group : columns;
-            for (int64_t start = g * group; start < end; start += kSegment) {
-                list.get()[count++] = {start, start + kSegment < end ? start + kSegment : end, g};
+            for (int64_t start = g * group; start < end; start += most) {
+                list.get()[count++] = {start, start + most < end ? start + most : end, g};
             }
         }
     }

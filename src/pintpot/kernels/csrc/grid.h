@@ -396,16 +396,22 @@ int grid_matmul(const PintpotGridMatmul& call) {
     return failed ? 1 : 0;
 }
 
+// The numbers of one segment of a row, from its own codes.
+template <typename Number>
+inline void dequantize_segment(const Segment& segment, const uint8_t* codes, float scale, float zero, Number* row) {
+    Number* to = row + segment.start;
+    const int64_t count = segment.end - segment.start;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) put_all(to + i, (floats_of_bytes(codes + i) - zero) * scale);
+    for (; i < count; ++i) put(to + i, (static_cast<float>(codes[i]) - zero) * scale);
+}
+
 template <typename Number>
 inline void dequantize_row(const Segments& cut, const uint8_t* codes, const float* scale, const float* zero,
                            Number* to) {
     for (int64_t s = 0; s < cut.count; ++s) {
-        const int64_t group = cut[s].group, end = cut[s].end;
-        int64_t i = cut[s].start;
-        for (; i + kLanes <= end; i += kLanes) {
-            put_all(to + i, (floats_of_bytes(codes + i) - zero[group]) * scale[group]);
-        }
-        for (; i < end; ++i) put(to + i, (static_cast<float>(codes[i]) - zero[group]) * scale[group]);
+        const int64_t group = cut[s].group;
+        dequantize_segment(cut[s], codes + cut[s].start, scale[group], zero[group], to);
     }
 }
 
