@@ -42,6 +42,7 @@ TECHNIQUES: tuple[str, ...] = (
     "quamba",
     "rtn",
     "svdquant",
+    "t_mac",
     "ultra_low_bit_partial_retraining",
     "vptq",
     "welore",
