@@ -5,7 +5,8 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
-as in decoding a model. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
+as in decoding a model. Look-ups: the same products of 1 to 4 bits and few rows by t-mac's kernel, with the error of its
+8-bit tables. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
 medians. ``plain torch`` is the same call without the library.
 
 Peers: torch's dense product (the baseline) and its 4-bit product for CPUs; bitsandbytes' 4-bit product (NF4) and its
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from torch.nn import functional
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.formats import Grid
+from pintpot.weights.formats import BitPlanes, Format, Grid
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -47,6 +49,8 @@ CACHE_BYTES = 64 << 20
 NUMEL = 1 << 25
 SEED = 0
 BASE_PRODUCT, BASE_STEP = "torch dense", "torch AdamW fused"
+BASE_LOOKUP, LOOKUP = "pintpot", "t-mac"
+LOOKUP_WIDTHS, LOOKUP_ROWS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32)), (1, 8)
 Run = Callable[[], object]
 
 
@@ -86,7 +90,7 @@ def workspace_of(run: Run) -> int:
     return tracker.ledger().peak_bytes
 
 
-def grid_product(grid: Grid, weight: Tensor, x: Tensor) -> tuple[Run, int]:
+def packed_product(grid: Format, weight: Tensor, x: Tensor) -> tuple[Run, int]:
     """Ours, over copies of a weight in turn, and the bytes of one."""
     stored = [grid.encode(weight)]
     size = grid.nbytes(*weight.shape)
@@ -131,7 +135,7 @@ def product_ways(weight: Tensor, x: Tensor, bits: int, group: int) -> dict[str, 
     """What multiplies a weight of this width."""
     scale = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
     grid = Grid(bits=bits, group_size=group, scale_dtype=scale)
-    ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: grid_product(grid, weight, x)}
+    ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: packed_product(grid, weight, x)}
     ways["pintpot, plain torch"] = ways["pintpot"]
     if bits == 4:
         ways["torch int4"] = lambda: torch_int4_product(weight, x, group)
@@ -153,6 +157,34 @@ def products(
         about = {"model": f"linear {rows}x{columns}", "data": f"{count} rows, {_name(dtype)}"}
         about["config"] = f"{bits} bits, groups of {group}"
         yield from _rows(product_ways(weight, x, bits, group), BASE_PRODUCT, about, rate, most_seconds)
+
+
+def lookups(
+    shapes: tuple[tuple[int, int], ...], widths: tuple[tuple[int, int], ...], most_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of products by look-up beside those of the grid with the same numbers."""
+    rate = read_rate(most_seconds)
+    for (rows, columns), dtype, (bits, group), count in itertools.product(shapes, DTYPES, widths, LOOKUP_ROWS):
+        generator = torch.Generator().manual_seed(SEED)
+        weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+        x = torch.randn(count, columns, generator=generator).to(dtype)
+        grid = Grid(bits=bits, group_size=group, scale_dtype="bfloat16" if dtype == torch.bfloat16 else "float16")
+        planes = BitPlanes.of(grid)
+        error = _error(planes, grid, weight, x)
+        about = {"model": f"linear {rows}x{columns}", "data": f"{count} rows, {_name(dtype)}"}
+        about["config"] = f"{bits} bits, groups of {group}"
+        ways = {
+            name: partial(packed_product, held, weight, x) for name, held in ((BASE_LOOKUP, grid), (LOOKUP, planes))
+        }
+        for row in _rows(ways, BASE_LOOKUP, about, rate, most_seconds):
+            note = f"; error {error:.2%} of the product's size" if row["technique"] == LOOKUP else ""
+            yield {**row, "status": row["status"] + note}
+
+
+def _error(planes: BitPlanes, grid: Grid, weight: Tensor, x: Tensor) -> float:
+    """What tables of 8 bits change, relative to the product with the same numbers in float64."""
+    exact = x.double() @ grid.decode(grid.encode(weight), weight.shape[1], torch.float64).T
+    return float((planes.matmul(x, planes.encode(weight)).double() - exact).norm() / exact.norm())
 
 
 def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, dtype: torch.dtype) -> Run:
@@ -198,14 +230,14 @@ def _rows(
     base_seconds = None
     for name, make in ways.items():
         row = {**about, "technique": name, "context_tokens": "", "seed": SEED, "metric": "time", "unit": "ms"}
-        path = native.path() if name == "pintpot" else ""
+        path = native.path() if name in (BASE_LOOKUP, LOOKUP) else ""
         row["config"] = f"{about['config']}{', ' + path if path else ''}"
         try:
             with plain_torch() if name.endswith("plain torch") else _as_it_is():
                 run, size = make()
                 seconds = median_seconds(run, most_seconds)
                 # Under the tracker a peer may not be compiled, and what it compiles has tensors that are not seen.
-                workspace = workspace_of(run) if name.startswith("pintpot") else ""
+                workspace = workspace_of(run) if name.startswith(("pintpot", LOOKUP)) else ""
         except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
             yield {**row, "value": "", "status": f"not run: {str(error).splitlines()[0][:100]}"}
             continue
@@ -234,12 +266,13 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "steps"))
+    parser.add_argument("--only", choices=("products", "lookups", "steps"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
     parts = {
         "products": lambda: products(shapes, widths, seconds),
+        "lookups": lambda: lookups(shapes, LOOKUP_WIDTHS, seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
     }
     for name, part in parts.items():

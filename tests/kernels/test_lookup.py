@@ -81,7 +81,10 @@ def test_products_are_those_of_the_definition(isa, threads, bits, dtype):
         assert found.dtype is dtype
         # Sums of `columns` terms, of which none is larger than an input times the largest weight.
         reach = x.double().abs().sum(1, keepdim=True) * (1 << bits) * 1.1
-        assert ((found.double() - expected.double()).abs() <= 2.0**-20 * reach + torch.finfo(dtype).eps * 8 * expected.double().abs()).all()
+        assert (
+            (found.double() - expected.double()).abs()
+            <= 2.0**-20 * reach + torch.finfo(dtype).eps * 8 * expected.double().abs()
+        ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -67,7 +67,7 @@ _KEPT: dict[tuple[object, ...], tuple[_Sizes, ...]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice(Technique):
-    """A technique that holds packed weights in a layout of its own while a model runs, and so chooses what reads them."""
+    """Holds packed weights in a layout of its own while a model runs, and so chooses what reads them."""
 
     @abstractmethod
     def held(self, layout: Format) -> Format | None:
@@ -149,8 +149,7 @@ class KernelChoice(Technique):
 
     def _terms(self, shape: ModelShape) -> tuple[_Sizes, ...]:
         """What a compressed folder has that is held in another format; of a dense one nothing. Looked for once."""
-        packing = repr(getattr(shape.config, "quantization_config", None))
-        key = (type(shape), shape.fingerprint, shape.dtype, packing, self)
+        key = (type(shape), shape.identity, self)
         if key not in _KEPT:
             _KEPT[key] = tuple(change.sizes() for change in self._changes(shape.build("meta")))
         return _KEPT[key]

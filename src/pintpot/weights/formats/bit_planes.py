@@ -32,8 +32,8 @@ PACKING_BYTES = 9
 class BitPlanes(Format):
     """The numbers of a ``Grid`` with the same fields, bit for bit; only their order in memory is another.
 
-    Products with up to 8 rows of input round sums of four inputs to 8 bits (``kernels/lookup.py``), about 0.7 % of the
-    product's size; those with more rows, and gradients, use the numbers themselves.
+    Products with up to 8 rows of input round sums of four inputs to 8 bits (``kernels/lookup.py``, which says what that
+    costs); those with more rows, and gradients, use the numbers themselves.
 
     Attributes:
         bits: width of a code, 1 to 4.
