@@ -39,20 +39,13 @@ def same_bytes(plan, measured):
     assert measured.phase("load").total() <= 1.05 * plan.predicted.phase("load").total()
 
 
-@pytest.mark.parametrize("expression", ["rtn(bits=4)*t-mac", "rtn(bits=2, group_size=64)*t-mac*kivi4"])
-def test_the_embedded_model_takes_the_bytes_that_were_predicted(expression):
-    plan = choose(reference.path(), WORKLOAD, Wish(techniques=expression))
-    assert [t.name for t in plan.techniques][:2] == ["rtn", "t-mac"]
-    same_bytes(plan, measure_run(plan))
-
-
-def test_the_embedded_model_writes_with_looked_up_products():
-    settings = GenerateSettings(new_tokens=6, stop_at_end=False)
-    plain, looked_up = (
-        generate(reference.path(), "Once upon a time", settings=settings, wish=Wish(techniques=expression))
-        for expression in ("rtn(bits=4)", "rtn(bits=4)*t-mac")
-    )
-    assert looked_up.completions[0].tokens[0] == plain.completions[0].tokens[0]
+def test_the_embedded_model_takes_the_bytes_that_were_predicted():
+    settings = GenerateSettings(new_tokens=4, stop_at_end=False)
+    wish = Wish(techniques="rtn(bits=4)*t-mac*kivi4")
+    done = generate(reference.path(), "Once upon a time", settings=settings, wish=wish, measure=True)
+    assert [t.name for t in done.plan.techniques] == ["rtn", "t-mac", "kivi"]
+    assert len(done.completions[0].tokens) == 4
+    same_bytes(done.plan, done.measured)
 
 
 def test_a_compressed_folder_is_read_by_another_kernel(compressed):

@@ -191,7 +191,7 @@ class ModelShape:
 
     @property
     def identity(self) -> tuple[str, torch.dtype, str]:
-        """What tells it from other shapes: the architecture, the dtype, and how a compressed folder says it is packed."""
+        """What tells it from other shapes: its architecture, its dtype, and how its weights are packed, if they are."""
         return self.fingerprint, self.dtype, repr(getattr(self.config, "quantization_config", None))
 
     @property
