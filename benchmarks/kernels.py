@@ -7,10 +7,11 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
-as in decoding a model. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
-medians. ``plain torch`` is the same call without the library. Attention: one token's queries of a layer with 32 query
-heads of 128 numbers, to caches of bfloat16 numbers that are stored packed; the baseline is torch's fused attention to
-the same numbers dense.
+as in decoding a model. Look-ups: the same products of 1 to 4 bits and few rows by t-mac's kernel, with the error of its
+8-bit tables. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are medians.
+``plain torch`` is the same call without the library. Attention: one token's queries of a layer with 32 query heads of
+128 numbers, to caches of bfloat16 numbers that are stored packed; the baseline is torch's fused attention to the same
+numbers dense.
 
 Peers: torch's dense product (the baseline) and its 4-bit and 8-bit products for CPUs (the latter is what torchao's
 int8 weights use); llama.cpp's formats of as many bits, which round inputs to 8 bits; bitsandbytes' 4-bit product (NF4)
@@ -31,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from pintpot.cache.tokens import Tokens
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.formats import Grid
+from pintpot.weights.formats import BitPlanes, Format, Grid
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -66,6 +68,8 @@ SEED = 0
 BASE_PRODUCT, BASE_STEP, BASE_ATTENTION = "torch dense", "torch AdamW fused", "torch SDPA bfloat16"
 QUERY_HEADS, HEAD_DIM = 32, 128
 STORES: tuple[Store, ...] = (KIVI(bits=2), KIVI(bits=4), FP8())
+BASE_LOOKUP, LOOKUP = "pintpot", "t-mac"
+LOOKUP_WIDTHS, LOOKUP_ROWS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32)), (1, 8)
 Run = Callable[[], object]
 
 
@@ -105,7 +109,7 @@ def workspace_of(run: Run) -> int:
     return tracker.ledger().peak_bytes
 
 
-def grid_product(grid: Grid, weight: Tensor, x: Tensor) -> tuple[Run, int]:
+def packed_product(grid: Format, weight: Tensor, x: Tensor) -> tuple[Run, int]:
     """Ours, over copies of a weight in turn, and the bytes of one."""
     stored = [grid.encode(weight)]
     size = grid.nbytes(*weight.shape)
@@ -170,7 +174,7 @@ def product_ways(weight: Tensor, x: Tensor, bits: int, group: int) -> dict[str, 
     """What multiplies a weight of this width."""
     scale = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
     grid = Grid(bits=bits, group_size=group, scale_dtype=scale)
-    ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: grid_product(grid, weight, x)}
+    ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: packed_product(grid, weight, x)}
     ways["pintpot, plain torch"] = ways["pintpot"]
     # It takes float32 inputs only.
     for kind in GGML_TYPES.get(bits, ()) if x.dtype == torch.float32 and group == 128 else ():
@@ -197,6 +201,34 @@ def products(
         about = {"model": f"linear {rows}x{columns}", "data": f"{count} rows, {_name(dtype)}"}
         about["config"] = f"{bits} bits, groups of {group}"
         yield from _rows(product_ways(weight, x, bits, group), BASE_PRODUCT, about, rate, most_seconds)
+
+
+def lookups(
+    shapes: tuple[tuple[int, int], ...], widths: tuple[tuple[int, int], ...], most_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of products by look-up beside those of the grid with the same numbers."""
+    rate = read_rate(most_seconds)
+    for (rows, columns), dtype, (bits, group), count in itertools.product(shapes, DTYPES, widths, LOOKUP_ROWS):
+        generator = torch.Generator().manual_seed(SEED)
+        weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+        x = torch.randn(count, columns, generator=generator).to(dtype)
+        grid = Grid(bits=bits, group_size=group, scale_dtype="bfloat16" if dtype == torch.bfloat16 else "float16")
+        planes = BitPlanes.of(grid)
+        error = _error(planes, grid, weight, x)
+        about = {"model": f"linear {rows}x{columns}", "data": f"{count} rows, {_name(dtype)}"}
+        about["config"] = f"{bits} bits, groups of {group}"
+        ways = {
+            name: partial(packed_product, held, weight, x) for name, held in ((BASE_LOOKUP, grid), (LOOKUP, planes))
+        }
+        for row in _rows(ways, BASE_LOOKUP, about, rate, most_seconds):
+            note = f"; error {error:.2%} of the product's size" if row["technique"] == LOOKUP else ""
+            yield {**row, "status": row["status"] + note}
+
+
+def _error(planes: BitPlanes, grid: Grid, weight: Tensor, x: Tensor) -> float:
+    """What tables of 8 bits change, relative to the product with the same numbers in float64."""
+    exact = x.double() @ grid.decode(grid.encode(weight), weight.shape[1], torch.float64).T
+    return float((planes.matmul(x, planes.encode(weight)).double() - exact).norm() / exact.norm())
 
 
 def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, dtype: torch.dtype) -> Run:
@@ -282,14 +314,14 @@ def _rows(
     base_seconds = None
     for name, make in ways.items():
         row = {"context_tokens": "", **about, "technique": name, "seed": SEED, "metric": "time", "unit": "ms"}
-        path = native.path() if name == "pintpot" else ""
+        path = native.path() if name in (BASE_LOOKUP, LOOKUP) else ""
         row["config"] = f"{about['config']}{', ' + path if path else ''}"
         try:
             with plain_torch() if name.endswith("plain torch") else _as_it_is():
                 run, size = make()
                 seconds = median_seconds(run, most_seconds)
                 # Under the tracker a peer may not be compiled, and what it compiles has tensors that are not seen.
-                workspace = workspace_of(run) if name.startswith("pintpot") else ""
+                workspace = workspace_of(run) if name.startswith(("pintpot", LOOKUP)) else ""
         except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
             yield {**row, "value": "", "status": f"not run: {str(error).splitlines()[0][:100]}"}
             continue
@@ -318,12 +350,13 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "steps", "attention"))
+    parser.add_argument("--only", choices=("products", "lookups", "steps", "attention"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
     parts = {
         "products": lambda: products(shapes, widths, seconds),
+        "lookups": lambda: lookups(shapes, LOOKUP_WIDTHS, seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
         "attention": lambda: attentions((512,) if options.quick else (4096, 16384), seconds),
     }

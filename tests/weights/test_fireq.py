@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pintpot.core.errors import CompositionError, ShapeError
+from pintpot.core.ledger import Account
+from pintpot.kernels import native
+from pintpot.ledger.tracker import Tracker
 from pintpot.weights import load_and_compress
 from pintpot.weights.fireq import FireQ, channel_scales
 from pintpot.weights.formats import Float8Scales
@@ -130,3 +134,25 @@ def test_settings_are_checked():
         FireQ(bits=1)
     with pytest.raises(CompositionError, match="size 0"):
         FireQ(key_size=0.0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_products_with_few_inputs_read_packed_integers(bits):
+    """The compiled product where there is one, without dense rows, and near to float64 either way."""
+    weight = torch.randn(24, 100, generator=torch.Generator().manual_seed(0))
+    layout = Float8Scales(bits=bits, group_size=32)
+    stored = layout.encode(weight)
+    dense = layout.decode(stored, 100, torch.float64)
+    for rows in (1, 8, 40):
+        input = torch.randn(rows, 100, generator=torch.Generator().manual_seed(1))
+        exact = input.double() @ dense.T
+        torch.testing.assert_close(layout.matmul(input, stored).double(), exact, rtol=1e-4, atol=1e-4)
+    if native.library() is not None:
+        with FlopCounterMode(display=False) as counter:
+            layout.matmul(torch.ones(1, 100), stored)
+        assert list(counter.get_flop_counts()["Global"]) == [torch.ops.pintpot.grid_matmul]
+        with Tracker(device="cpu") as tracker:
+            tracker.assign(stored, Account.WEIGHTS)
+            layout.matmul(torch.ones(1, 100), stored)
+        # Scales in float32, and the output.
+        assert tracker.ledger().peak_of(Account.WORKSPACE) <= 2 * 4 * stored["scale"].numel() + 4 * (24 + 100)

@@ -190,6 +190,11 @@ class ModelShape:
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
+    def identity(self) -> tuple[str, torch.dtype, str]:
+        """What tells it from other shapes: its architecture, its dtype, and how its weights are packed, if they are."""
+        return self.fingerprint, self.dtype, repr(getattr(self.config, "quantization_config", None))
+
+    @property
     def numel(self) -> int:
         """Number of parameters, tied ones once."""
         return sum(p.numel for p in self.parameters)

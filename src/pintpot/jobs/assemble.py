@@ -1,7 +1,7 @@
 """From a plan's techniques to live objects: the one place where wings meet, and the order they are applied in.
 
-Order:   weights (packed while loading), adapters, cache attention, parameters, optimizer, activations. The same code
-         dresses a real model and a fake one, so that what is simulated is what is run.
+Order:   weights (packed while loading), their kernel, adapters, cache attention, parameters, optimizer, activations.
+         The same code dresses a real model and a fake one, so that what is simulated is what is run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pintpot.optim._parameterize import Parameterization
 from pintpot.optim._stream import BlockStore
 from pintpot.weights import load_and_compress
 from pintpot.weights._base import WeightMethod
+from pintpot.weights.kernel_choice import KernelChoice
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Composition:
     """The techniques of a run, each in its place; ``None`` means the plain way."""
 
     weights: WeightMethod | None = None
+    kernel: KernelChoice | None = None
     keep: Keep | None = None
     store: Store | None = None
     layers: LayerSharing | None = None
@@ -106,6 +108,7 @@ class Composition:
 
 _PLACES: dict[tuple[str, str], str] = {
     ("weights", ""): "weights",
+    ("weights", "kernel"): "kernel",
     ("cache", "keep"): "keep",
     ("cache", "store"): "store",
     ("cache", "layers"): "layers",
@@ -221,6 +224,8 @@ def dress(
         store: where the weights are that are not in the model.
     """
     if not workload.training:
+        if composition.kernel is not None:
+            composition.kernel.apply_(model)
         cache = _cache(model, composition, workload)
         piece = None if composition.prefill is None else composition.prefill.piece_tokens
         return Assembled(model=model.eval(), cache=cache, scope=_attention(model, composition), piece_tokens=piece)

@@ -84,7 +84,8 @@ def choose(model: str | Path, workload: Workload, wish: Wish) -> Plan:
         asked = _asked(wish.techniques)
         if packed and asked is not None:
             refuse_packed(shape, workload, asked)
-        excluded = (*wish.exclude, *(techniques("weights") if packed else ()))
+        methods = (name for name, kind in techniques("weights").items() if not kind.facts.part)
+        excluded = (*wish.exclude, *(methods if packed else ()))
         plan = make_plan(shape, workload, wish.budget, techniques=asked, exclude=excluded, seed=wish.seed)
     if packed:
         refuse_packed(shape, workload, plan.techniques)
@@ -124,7 +125,7 @@ def refuse_packed(shape: ModelShape, workload: Workload, chosen: Sequence[Techni
         CompositionError: when the techniques do that.
     """
     slots = {technique.facts.slot for technique in chosen}
-    if "weights" in slots:
+    if any(technique.facts.slot == "weights" and not technique.facts.part for technique in chosen):
         raise CompositionError(f"{shape.name} is compressed already", hint="leave out the weights technique")
     if workload.training and "adapters" not in slots:
         raise CompositionError(

@@ -11,8 +11,10 @@ from pintpot.kernels.attend import (
     attend_serves,
     reads_packed,
 )
+from pintpot.kernels import ops_lookup as ops_lookup
 from pintpot.kernels.blocks import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.kernels.grid import dequantize, grid_matmul, workspace_bytes
+from pintpot.kernels.lookup import dequantize_planes, lut_matmul, pack_planes
 from pintpot.kernels.packing import pack, packed_size, restore, unpack
 
 __all__ = [
@@ -25,8 +27,11 @@ __all__ = [
     "attend_packed",
     "attend_serves",
     "dequantize",
+    "dequantize_planes",
     "grid_matmul",
+    "lut_matmul",
     "pack",
+    "pack_planes",
     "packed_adam_",
     "packed_adam_serves",
     "packed_size",

@@ -35,24 +35,30 @@ class _Restore(ctypes.Structure):
     ]
 
 
-class _Grid(ctypes.Structure):
+class PackedGrid(ctypes.Structure):
+    """``PintpotGrid``."""
+
     _fields_ = [
         *((name, POINTER) for name in ("packed", "scale", "zero")),
         *((name, INT64) for name in ("scale_dtype", "rows", "columns", "group", "bits")),
     ]
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
+    """``PintpotGridMatmul``."""
+
     _fields_ = [
-        ("grid", _Grid),
+        ("grid", PackedGrid),
         ("input", POINTER),
         ("output", POINTER),
         *((name, INT64) for name in ("dtype", "count", "threads")),
     ]
 
 
-class _Dequantize(ctypes.Structure):
-    _fields_ = [("grid", _Grid), ("output", POINTER), *((name, INT64) for name in ("dtype", "threads"))]
+class Dequantize(ctypes.Structure):
+    """``PintpotGridDequantize``."""
+
+    _fields_ = [("grid", PackedGrid), ("output", POINTER), *((name, INT64) for name in ("dtype", "threads"))]
 
 
 def _rows_of(tensor: Tensor) -> int:
@@ -122,9 +128,9 @@ def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
         )
 
 
-def _grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> _Grid:
+def _grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> PackedGrid:
     pointers = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    return _Grid(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
+    return PackedGrid(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
 
 
 def _dequantize(
@@ -132,7 +138,7 @@ def _dequantize(
 ) -> Tensor:
     out = _dequantize_shape(packed, scale, zero, bits, group_size, columns, dtype)
     grid = _grid(packed, scale, zero, bits, group_size, columns)
-    arguments = _Dequantize(grid, out.data_ptr(), native.DTYPES[dtype], torch.get_num_threads())
+    arguments = Dequantize(grid, out.data_ptr(), native.DTYPES[dtype], torch.get_num_threads())
     native.call("grid_dequantize", arguments)
     return out
 
@@ -148,7 +154,7 @@ def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, b
     out = _matmul_shape(input, packed, scale, zero, bits, group_size)
     grid = _grid(packed, scale, zero, bits, group_size, input.shape[-1])
     pointers = input.data_ptr(), out.data_ptr()
-    arguments = _Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
+    arguments = Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
     native.call("grid_matmul", arguments)
     return out
 

@@ -8,8 +8,9 @@ Source:    Baek et al. 2025, "FireQ", arXiv:2505.20839, and the authors' reposit
 Differs:   scales of input channels are kept beside each weight instead of folded into what comes before it. The
            matrix's scale is the power of two that brings the largest group's scale near e4m3's largest number. Keys are
            smoothed before rotation only, all pairs of them: the authors treat the pairs of a head's three largest
-           channels after it, which no weight can do. Rounding keys and values is a cache's business. No kernels:
-           inputs are rounded but multiplied as floats, so nothing is gained in time.
+           channels after it, which no weight can do. Rounding keys and values is a cache's business. Products with
+           few inputs are the compiled ones of grids, which read packed integers; inputs are rounded in torch before.
+           The authors' kernels are for GPUs that multiply floats of 8 bits.
 Saves:     weights, real: O * (packed_size(I) + N) + 2 I + 4 bytes a matrix, a byte a group. Finding them needs one
            block, and runs it once more on the texts.
 Shapes:    weight (O, I); codes (O, I) packed; scale (O, N); input scales (I,); keys (..., K, D), pairs (i, i + D / 2).
@@ -61,7 +62,7 @@ projection."""
         Claim("speed-up of feed-forward layers", 1.68, versus="QServe", at="Llama2-7B", where="abstract"),
         Claim("speed-up of the prefill", 1.26, versus="QServe", at="Llama3-8B", where="abstract"),
     ],
-    fidelity="keys smoothed before rotation only; scales of input channels kept beside each weight; no kernels",
+    fidelity="keys smoothed before rotation only; scales of input channels kept beside each weight; kernels for CPUs",
 )
 @dataclass(frozen=True, kw_only=True)
 class FireQ(WeightMethod):

@@ -41,6 +41,8 @@ class PackedTerms(nn.Module):
     """Holds the stored tensors of a sum of terms as buffers. A base of the modules below."""
 
     formats: tuple[Format, ...]
+    columns: int
+    """In-features of each matrix."""
 
     def hold(self, formats: tuple[Format, ...], terms: tuple[Tensors, ...]) -> None:
         """Register the stored tensors as buffers."""
@@ -61,6 +63,15 @@ class PackedTerms(nn.Module):
                     if name.startswith(prefix) and tensor is not None
                 },
             )
+
+    def replace_term(self, index: int, layout: Format, tensors: Tensors) -> None:
+        """Hold one term in another format; the tensors that it was stored in are dropped."""
+        prefix = f"term{index}_"
+        for name in [name for name in self._buffers if name.startswith(prefix)]:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(f"{prefix}{name}", tensor)
+        self.formats = (*self.formats[:index], layout, *self.formats[index + 1 :])
 
     def multiply(self, input: Tensor, row: int | None = None) -> Tensor:
         """``input`` (..., I) times the transposed sum of terms: (..., O)."""
@@ -259,3 +270,4 @@ def place_(model: nn.Module, target: Target, formats: tuple[Format, ...], terms:
         model.set_submodule(target.module, new)
     if target.holder != target.module:
         model.get_submodule(target.holder).hold(formats, terms)  # type: ignore[operator]
+    model.get_submodule(target.holder).columns = target.shape[-1]  # type: ignore[assignment]

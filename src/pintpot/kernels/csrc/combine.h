@@ -48,7 +48,7 @@ inline Floats pick(const float* from, Ints places) {
 }
 
 // Some bytes of a row. What is beyond the end of a row or of a field's codes is put into a column that nobody reads.
-struct Strip {
+struct PackedStrip {
     Words step, mask;          // of the field that each byte is of
     Floats factor, lead;       // 2^shift of that field; 1 in the lowest field, which brings the least numbers, else 0
     Ints place[kMostPlanes];   // group of each lane in each plane, less `first`
@@ -64,7 +64,7 @@ struct Table {
     int64_t columns = 0, row_bytes = 0, part_bytes = 0, groups = 0, count = 0;
     bool uniform = true;  // no strip has two groups in one plane
     bool alike = true;    // all planes of a strip have the same groups
-    Buffer<Strip> strips;
+    Buffer<PackedStrip> strips;
 
     bool prepare(int64_t bits, int64_t parts, int64_t codes, int64_t group) {
         part_bytes = packed_bytes(codes, bits);
@@ -83,8 +83,8 @@ struct Table {
     }
 
    private:
-    void fill(Strip* strip, int64_t bits, int64_t codes, int64_t group, int64_t offset, int64_t end) {
-        *strip = Strip{};
+    void fill(PackedStrip* strip, int64_t bits, int64_t codes, int64_t group, int64_t offset, int64_t end) {
+        *strip = PackedStrip{};
         strip->offset = offset;
         strip->planes = 1;
         int32_t found[kMostPlanes][kLanes];
@@ -114,7 +114,7 @@ struct Table {
     }
 
     // Lanes of a plane that hold nothing are given to its least group.
-    void place(Strip* strip, int p, const int32_t* found, const int32_t* of_first_plane) {
+    void place(PackedStrip* strip, int p, const int32_t* found, const int32_t* of_first_plane) {
         int32_t least = -1;
         bool straight = true;
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -191,7 +191,7 @@ enum Groups { kUniform, kAlike, kMixed };
 
 // The sums (planes, inputs) of one strip.
 template <typename Coding, int Inputs, Groups Kind>
-void add_strip(const Packed& packed, const Strip& strip, Floats* sums) {
+void add_strip(const Packed& packed, const PackedStrip& strip, Floats* sums) {
     constexpr int Planes = Coding::planes;
     // Enough sums side by side that none waits for the one before.
     constexpr int Chains = Planes * Inputs >= 4 ? 1 : 4 / (Planes * Inputs);
@@ -234,7 +234,7 @@ void add_strip(const Packed& packed, const Strip& strip, Floats* sums) {
     }
 }
 
-using AddStrip = void (*)(const Packed&, const Strip&, Floats*);
+using AddStrip = void (*)(const Packed&, const PackedStrip&, Floats*);
 
 template <typename Coding, int Inputs>
 AddStrip strip_of(const Table& table) {
@@ -309,7 +309,7 @@ inline void combine(const Table& table, Packed packed, int64_t bytes, const Weig
     for (int64_t i = 0; i < inputs; ++i) weighed.weigh(x.numbers + i * x.apart, packed.rows, packed.groups, lows, i);
     Floats sums[kMostPlanes * kMostInputs];
     for (int64_t s = 0; s < table.count && table.strips.get()[s].offset < bytes; ++s) {
-        const Strip& strip = table.strips.get()[s];
+        const PackedStrip& strip = table.strips.get()[s];
         for (int64_t done = 0, some = 0; done < inputs; done += some) {
             some = inputs_at_once(strip.planes, inputs - done);
             packed.weights = weighed.weights.get() + done * weighed.apart;

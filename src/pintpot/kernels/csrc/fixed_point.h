@@ -74,10 +74,10 @@ struct Segments {
     bool joined;  // whether a segment has several groups: kJoined columns of them
     Buffer<Segment> list;
 
-    Segments(int64_t columns, int64_t group)
+    Segments(int64_t columns, int64_t group, int64_t widest = kSegment)
         : columns(columns), group(group), groups((columns + group - 1) / group), count(0) {
-        joined = kJoined > 0 && group >= 4 && group < kJoined && kJoined % group == 0 && columns % kJoined == 0;
-        const int64_t span = joined ? kJoined : group, most = joined ? kJoined : kSegment;
+        joined = widest == kSegment && group >= 4 && group < kJoined && kJoined % group == 0 && columns % kJoined == 0;
+        const int64_t span = joined ? kJoined : group, most = joined ? kJoined : widest;
         const int64_t each = (span + most - 1) / most;
         if (!list.reserve((columns + span - 1) / span * each)) return;
         for (int64_t first = 0; first < columns; first += span) {

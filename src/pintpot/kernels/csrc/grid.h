@@ -309,15 +309,22 @@ int grid_matmul(const PintpotGridMatmul& call) {
     return failed ? 1 : 0;
 }
 
+// The numbers of some columns of a row within one group, from their own codes.
+template <typename Number>
+inline void dequantize_part(int64_t start, int64_t end, const uint8_t* codes, float scale, float zero, Number* row) {
+    int64_t i = 0;
+    for (; i + kLanes <= end - start; i += kLanes) {
+        put_all(row + start + i, (floats_of_bytes(codes + i) - zero) * scale);
+    }
+    for (; i < end - start; ++i) put(row + start + i, (static_cast<float>(codes[i]) - zero) * scale);
+}
+
 template <typename Number>
 inline void dequantize_row(const Segments& cut, const uint8_t* codes, const float* scale, const float* zero,
                            Number* to) {
     for (int64_t s = 0; s < cut.count; ++s) {
-        cut.each_group(cut[s], [&](int64_t group, int64_t i, int64_t end) {
-            for (; i + kLanes <= end; i += kLanes) {
-                put_all(to + i, (floats_of_bytes(codes + i) - zero[group]) * scale[group]);
-            }
-            for (; i < end; ++i) put(to + i, (static_cast<float>(codes[i]) - zero[group]) * scale[group]);
+        cut.each_group(cut[s], [&](int64_t group, int64_t start, int64_t end) {
+            dequantize_part(start, end, codes + start, scale[group], zero[group], to);
         });
     }
 }

@@ -4,6 +4,7 @@
 #include "attend.h"
 #include "dispatch.h"
 #include "grid.h"
+#include "lookup.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

@@ -43,7 +43,8 @@ struct PintpotRestore {
     int64_t dtype, rows, count, group, bits, threads;
 };
 
-// A matrix of rows of integers with a scale and a zero for each group, as in grid.py.
+// A matrix of rows of integers with a scale and a zero for each group, as in grid.py. For `planes_dequantize` and
+// `lut_matmul` what is packed are bit planes, as in lookup.py.
 struct PintpotGrid {
     const uint8_t* packed;  // (rows, packed_size(columns, bits))
     const void* scale;      // (rows, groups)
@@ -103,7 +104,9 @@ void pintpot_use_runtime(void* parallel);
     EACH(grid_dequantize, PintpotGridDequantize) \
     EACH(grid_matmul, PintpotGridMatmul) \
     EACH(attend_packed, PintpotAttend) \
-    EACH(attend_fp8, PintpotAttend)
+    EACH(attend_fp8, PintpotAttend) \
+    EACH(planes_dequantize, PintpotGridDequantize) \
+    EACH(lut_matmul, PintpotGridMatmul)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)

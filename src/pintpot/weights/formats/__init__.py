@@ -1,6 +1,7 @@
 """Formats: how the terms of a weight are stored and multiplied. Importing this makes every format known by its name."""
 
 from pintpot.weights.formats._base import FORMATS, Format, Storage, Tensors, file_name, format_from_dict
+from pintpot.weights.formats.bit_planes import BitPlanes
 from pintpot.weights.formats.codebook import Codebook
 from pintpot.weights.formats.dense import Dense
 from pintpot.weights.formats.float8_input import Float8Input
@@ -25,6 +26,7 @@ from pintpot.weights.formats.transposed import Transposed
 
 __all__ = [
     "FORMATS",
+    "BitPlanes",
     "Codebook",
     "Dense",
     "Float8Input",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
-from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels import dequantize, grid_matmul, pack, packed_size, workspace_bytes
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
 from pintpot.weights.formats.grid import ENCODE_ELEMENTS, Grid
 
@@ -73,14 +73,35 @@ class Float8Scales(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The numbers (O, I) that stored tensors stand for, in ``dtype``."""
-        scale = tensors["scale"].view(torch.float8_e4m3fn).float() * tensors["whole"]
-        numbers = unpack(tensors["packed"], self.bits, in_features).to(dtype).sub_(1 << (self.bits - 1))
-        return numbers.mul_(self._grid().by_column(scale.to(dtype), in_features))
+        return dequantize(
+            tensors["packed"],
+            _decoded(tensors),
+            None,
+            bits=self.bits,
+            group_size=self._grid().group(in_features),
+            in_features=in_features,
+            dtype=dtype,
+        )
+
+    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``input`` (..., I) times the transposed weight: the grid's product, with scales made wide for a moment."""
+        group = self._grid().group(input.shape[-1])
+        return grid_matmul(input, tensors["packed"], _decoded(tensors), None, bits=self.bits, group_size=group)
+
+    def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Bytes of temporaries that ``matmul`` needs beside its output: the grid's, and the wide scales."""
+        scales = out_features * self._grid().groups(in_features) * torch.float32.itemsize
+        return scales + workspace_bytes(out_features, in_features, self._grid().group(in_features), dtype)
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries in decoding one row: its codes, its numbers, and its scales."""
-        return in_features * (1 + 2 * dtype.itemsize)
+        return in_features * (1 + dtype.itemsize) + 2 * torch.float32.itemsize * self._grid().groups(in_features)
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The codes and scales of the rows, and the factor of all."""
         return {"packed": tensors["packed"][rows], "scale": tensors["scale"][rows], "whole": tensors["whole"]}
+
+
+def _decoded(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The scales (O, N) in float32, which holds them exactly."""
+    return tensors["scale"].view(torch.float8_e4m3fn).float().mul_(tensors["whole"])
