@@ -1,20 +1,32 @@
 """Operations on packed storage: each a plain torch definition for any device, and on the CPU a compiled kernel."""
 
+from pintpot.kernels import ops_factors as ops_factors
 from pintpot.kernels import ops_grid as ops_grid
 from pintpot.kernels.blocks import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.kernels.grid import dequantize, grid_matmul, workspace_bytes
+from pintpot.kernels.low_rank import low_rank_matmul, low_rank_workspace
 from pintpot.kernels.packing import pack, packed_size, restore, unpack
+from pintpot.kernels.sparse import GridNumbers, sparse_decode, sparse_matmul, sparse_matmul_serves
+from pintpot.kernels.tiled import tiled_matmul, tiled_matmul_serves
 
 __all__ = [
     "AdamRates",
+    "GridNumbers",
     "Packed",
     "dequantize",
     "grid_matmul",
+    "low_rank_matmul",
+    "low_rank_workspace",
     "pack",
     "packed_adam_",
     "packed_adam_serves",
     "packed_size",
     "restore",
+    "sparse_decode",
+    "sparse_matmul",
+    "sparse_matmul_serves",
+    "tiled_matmul",
+    "tiled_matmul_serves",
     "unpack",
     "workspace_bytes",
 ]

@@ -35,7 +35,9 @@ class _Restore(ctypes.Structure):
     ]
 
 
-class _Grid(ctypes.Structure):
+class GridArguments(ctypes.Structure):
+    """A grid as the library takes it; all zero for none."""
+
     _fields_ = [
         *((name, POINTER) for name in ("packed", "scale", "zero")),
         *((name, INT64) for name in ("scale_dtype", "rows", "columns", "group", "bits")),
@@ -44,7 +46,7 @@ class _Grid(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        ("grid", _Grid),
+        ("grid", GridArguments),
         ("input", POINTER),
         ("output", POINTER),
         *((name, INT64) for name in ("dtype", "count", "threads")),
@@ -52,7 +54,7 @@ class _Product(ctypes.Structure):
 
 
 class _Dequantize(ctypes.Structure):
-    _fields_ = [("grid", _Grid), ("output", POINTER), *((name, INT64) for name in ("dtype", "threads"))]
+    _fields_ = [("grid", GridArguments), ("output", POINTER), *((name, INT64) for name in ("dtype", "threads"))]
 
 
 def _rows_of(tensor: Tensor) -> int:
@@ -94,7 +96,7 @@ def _restore(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: 
 
 
 def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: int, count: int) -> Tensor:
-    _check(packed, scale, None, bits, group_size, count)
+    check_grid(packed, scale, None, bits, group_size, count)
     if low.shape != scale.shape or low.dtype != scale.dtype:
         raise ShapeError(
             f"least numbers {tuple(low.shape)} ({low.dtype}) are not those of scales {tuple(scale.shape)}"
@@ -104,7 +106,12 @@ def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_
     return packed.new_empty((*packed.shape[:-1], count), dtype=torch.float32)
 
 
-def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
+def check_grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
+    """Refuse tensors that are no grid of these sizes.
+
+    Raises:
+        ShapeError: naming the sizes.
+    """
     rows, groups = packed.shape[:-1], -(-columns // max(1, group_size))
     shaped = (
         columns > 0
@@ -122,16 +129,19 @@ def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
         )
 
 
-def _grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> _Grid:
+def grid_arguments(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int
+) -> GridArguments:
+    """Addresses and sizes of a checked grid."""
     pointers = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    return _Grid(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
+    return GridArguments(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
 
 
 def _dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     out = _dequantize_shape(packed, scale, zero, bits, group_size, columns, dtype)
-    grid = _grid(packed, scale, zero, bits, group_size, columns)
+    grid = grid_arguments(packed, scale, zero, bits, group_size, columns)
     arguments = _Dequantize(grid, out.data_ptr(), native.DTYPES[dtype], torch.get_num_threads())
     native.call("grid_dequantize", arguments)
     return out
@@ -140,13 +150,13 @@ def _dequantize(
 def _dequantize_shape(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    _check(packed, scale, zero, bits, group_size, columns)
+    check_grid(packed, scale, zero, bits, group_size, columns)
     return packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
 
 
 def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
     out = _matmul_shape(input, packed, scale, zero, bits, group_size)
-    grid = _grid(packed, scale, zero, bits, group_size, input.shape[-1])
+    grid = grid_arguments(packed, scale, zero, bits, group_size, input.shape[-1])
     pointers = input.data_ptr(), out.data_ptr()
     arguments = _Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
     native.call("grid_matmul", arguments)
@@ -156,7 +166,7 @@ def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, b
 def _matmul_shape(
     input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    _check(packed, scale, zero, bits, group_size, input.shape[-1])
+    check_grid(packed, scale, zero, bits, group_size, input.shape[-1])
     return input.new_empty((*input.shape[:-1], packed.shape[0]))
 
 

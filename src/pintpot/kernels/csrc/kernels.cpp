@@ -3,6 +3,9 @@
 #include "adam.h"
 #include "dispatch.h"
 #include "grid.h"
+#include "low_rank.h"
+#include "sparse.h"
+#include "tiled.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,
