@@ -13,12 +13,11 @@
 
 namespace {
 
-// As many rows of a block as have their sums in registers together.
-#if defined(PINTPOT_AVX512)
-constexpr int64_t kBlockRowsAtOnce = 4;
-#else
-constexpr int64_t kBlockRowsAtOnce = 2;
-#endif
+// Single rows that are expanded together, so that each input is read once for all of them.
+constexpr int64_t kExpandedRows = 4;
+
+// Numbers of blocks that are multiplied before another row of them or another input is looked at.
+constexpr int64_t kBlockNumbers = 4096;
 
 constexpr int kDamaged = 2;
 
@@ -133,86 +132,13 @@ inline void convert(const Number* from, int64_t count, To* to) {
     for (; i < count; ++i) put(to + i, number(from[i]));
 }
 
-// Some kept blocks of a row of blocks, of which a few rows are looked at.
-template <typename Number>
-struct Blocks {
-    const Number* values;    // of the first of the rows in the first block
-    int64_t numbers, width;  // of a block, and of a row of it
-    const int64_t* columns;  // where each block stands
-    int64_t count;
-};
-
 // Row `row` of the blocks at their places in a dense row, and zeros.
 template <typename Number, typename To>
-inline void place_blocks(const Blocks<Number>& blocks, int64_t row, int64_t columns, To* to) {
+inline void place_blocks(const Strip<Number>& blocks, int64_t row, int64_t columns, To* to) {
     std::memset(static_cast<void*>(to), 0, sizeof(To) * static_cast<size_t>(columns));
     for (int64_t b = 0; b < blocks.count; ++b) {
-        const Number* from = blocks.values + b * blocks.numbers + row * blocks.width;
-        convert(from, blocks.width, to + blocks.columns[b] * blocks.width);
-    }
-}
-
-// Adds the products of some rows of the blocks with some inputs to their sums (Rows, across).
-template <int Rows, int Inputs, typename Number>
-void add_blocks(const Blocks<Number>& blocks, const float* x, int64_t stride, Floats* sums, int64_t across) {
-    Floats totals[Rows][Inputs];
-    for (int r = 0; r < Rows; ++r) {
-        for (int n = 0; n < Inputs; ++n) totals[r][n] = sums[r * across + n];
-    }
-    for (int64_t b = 0; b < blocks.count; ++b) {
-        const Number* values = blocks.values + b * blocks.numbers;
-        const float* own = x + blocks.columns[b] * blocks.width;
-        int64_t i = 0;
-        for (; i + kLanes <= blocks.width; i += kLanes) {
-            for (int r = 0; r < Rows; ++r) {
-                const Floats part = numbers(values + r * blocks.width + i);
-                for (int n = 0; n < Inputs; ++n) {
-                    totals[r][n] = fused(part, load<Floats>(own + n * stride + i), totals[r][n]);
-                }
-            }
-        }
-        const int64_t rest = blocks.width - i;
-        for (int r = 0; r < Rows && rest > 0; ++r) {
-            const Floats part = some(values + r * blocks.width + i, rest);
-            for (int n = 0; n < Inputs; ++n) {
-                totals[r][n] = fused(part, some(own + n * stride + i, rest), totals[r][n]);
-            }
-        }
-    }
-    for (int r = 0; r < Rows; ++r) {
-        for (int n = 0; n < Inputs; ++n) sums[r * across + n] = totals[r][n];
-    }
-}
-
-template <typename Number>
-using AddBlocks = void (*)(const Blocks<Number>&, const float*, int64_t, Floats*, int64_t);
-
-template <typename Number, int Rows>
-AddBlocks<Number> add_blocks_of(int64_t inputs) {
-    constexpr AddBlocks<Number> choice[] = {add_blocks<Rows, 1, Number>, add_blocks<Rows, 2, Number>,
-                                            add_blocks<Rows, 3, Number>, add_blocks<Rows, 4, Number>};
-    return choice[inputs - 1];
-}
-
-template <typename Number>
-AddBlocks<Number> add_blocks_of(int64_t rows, int64_t inputs) {
-    if (rows == 1) return add_blocks_of<Number, 1>(inputs);
-    if (rows == 2) return add_blocks_of<Number, 2>(inputs);
-    return rows == 3 ? add_blocks_of<Number, 3>(inputs) : add_blocks_of<Number, 4>(inputs);
-}
-
-// All rows of some blocks times all inputs, added to sums (block_rows, count).
-template <typename Number>
-inline void add_all(const Blocks<Number>& blocks, int64_t block_rows, const FloatInputs& inputs, Floats* sums) {
-    for (int64_t row = 0; row < block_rows; row += kBlockRowsAtOnce) {
-        const int64_t rows = block_rows - row < kBlockRowsAtOnce ? block_rows - row : kBlockRowsAtOnce;
-        Blocks<Number> part = blocks;
-        part.values += row * blocks.width;
-        for (int64_t n = 0; n < inputs.count; n += kInputsAtOnce) {
-            const int64_t together = inputs.count - n < kInputsAtOnce ? inputs.count - n : kInputsAtOnce;
-            add_blocks_of<Number>(rows, together)(part, inputs.numbers.get() + n * inputs.columns, inputs.columns,
-                                                  sums + row * inputs.count + n, inputs.count);
-        }
+        const Number* from = blocks.weights + b * blocks.step + row * blocks.stride;
+        convert(from, blocks.width, to + blocks.places[b] * blocks.width);
     }
 }
 
@@ -268,19 +194,19 @@ struct SparseCall {
 // Buffers of one thread.
 struct SparseScratch {
     Buffer<int64_t> columns;  // of the kept blocks of a row
-    Buffer<float> row;        // dense
+    Buffer<float> rows;       // dense
     Buffer<float> unpacked;   // the numbers of a row of blocks, with what shares the rows of a grid with them
     Scratch groups;
     Buffer<Floats> sums;
 
     SparseScratch(const SparseCall& call, int64_t inputs)
         : columns(call.weight.columns),
-          row(call.in_features),
+          rows(kExpandedRows * call.in_features),
           unpacked(call.weight.grid.packed ? call.starts.most * call.block + 2 * call.cut.columns : 1),
           groups(1, call.cut.columns > call.cut.groups ? call.cut.columns : call.cut.groups, call.cut.groups),
-          sums(call.weight.block_rows * inputs) {}
+          sums((call.block == 1 ? kExpandedRows : call.weight.block_rows) * inputs) {}
     bool whole() const {
-        return columns.get() && row.get() && unpacked.get() && groups.whole() && sums.get();
+        return columns.get() && rows.get() && unpacked.get() && groups.whole() && sums.get();
     }
 };
 
@@ -311,40 +237,57 @@ inline void with_values(const SparseCall& call, const SparseScratch& scratch, in
               [&](const auto* all) { use(all + begin, all + call.weight.held); });
 }
 
+// The kept blocks of a row of blocks.
 template <typename Number>
-inline Blocks<Number> blocks_of(const SparseCall& call, const SparseScratch& scratch, int64_t row,
-                                const Number* values) {
+inline Strip<Number> blocks_of(const SparseCall& call, const SparseScratch& scratch, int64_t row,
+                               const Number* values) {
+    const int64_t width = call.weight.block_columns;
     const int64_t count = list_blocks(call.bitmap(row), call.weight.columns, scratch.columns.get());
-    return {values, call.block, call.weight.block_columns, scratch.columns.get(), count};
+    return {values, width, call.block, scratch.columns.get(), count, width};
 }
 
 // Calls `give(row in the block, input, sum)` for a row of blocks.
 template <typename Number, typename Give>
-inline void multiply_blocks(const SparseCall& call, const SparseScratch& scratch, const Blocks<Number>& blocks,
+inline void multiply_blocks(const SparseCall& call, const SparseScratch& scratch, const Strip<Number>& blocks,
                             const FloatInputs& inputs, const Give& give) {
     const int64_t rows = call.weight.block_rows;
+    const int64_t together = call.block < kBlockNumbers ? kBlockNumbers / call.block : 1;
     Floats* sums = scratch.sums.get();
     for (int64_t i = 0; i < rows * inputs.count; ++i) sums[i] = Floats{};
-    if (rows == 1) {
-        // All blocks of a row in one go, so that its sums stay in registers.
-        add_all(blocks, 1, inputs, sums);
-    } else {
-        // One block after the other, in the order of memory.
-        for (int64_t b = 0; b < blocks.count; ++b) {
-            const Blocks<Number> one = {blocks.values + b * blocks.numbers, blocks.numbers, blocks.width,
-                                        blocks.columns + b, 1};
-            add_all(one, rows, inputs, sums);
-        }
+    for (int64_t b = 0; b < blocks.count; b += together) {
+        Strip<Number> part = blocks;
+        part.weights += b * blocks.step;
+        part.places += b;
+        part.count = blocks.count - b < together ? blocks.count - b : together;
+        add_rows(part, rows, inputs.numbers.get(), inputs.count, inputs.columns, sums);
     }
     for (int64_t n = 0; n < inputs.count; ++n) {
         for (int64_t row = 0; row < rows; ++row) {
-            float value = sum(sums[row * inputs.count + n]);
+            Floats* own = sums + row * inputs.count + n;
             if (!inputs.finite.get()[n]) {
-                place_blocks(blocks, row, call.in_features, scratch.row.get());
-                dot_few<1>(scratch.row.get(), inputs.numbers.get() + n * inputs.columns, 0, inputs.columns, &value);
+                place_blocks(blocks, row, call.in_features, scratch.rows.get());
+                dot_rows(scratch.rows.get(), 1, inputs.columns, inputs.numbers.get() + n * inputs.columns, 1, own);
             }
-            give(row, n, value);
+            give(row, n, sum(*own));
         }
+    }
+}
+
+// Calls `give(row, input, sum)` for some rows of single numbers.
+template <typename Give>
+inline void multiply_expanded(const SparseCall& call, const SparseScratch& scratch, int64_t begin, int64_t end,
+                              const FloatInputs& inputs, const Give& give) {
+    Floats* sums = scratch.sums.get();
+    for (int64_t row = begin; row < end; row += kExpandedRows) {
+        const int64_t rows = end - row < kExpandedRows ? end - row : kExpandedRows;
+        for (int64_t r = 0; r < rows; ++r) {
+            with_values(call, scratch, row + r, [&](const auto* values, const auto* last) {
+                expand_row(call.bitmap(row + r), call.weight.columns, values, last,
+                           scratch.rows.get() + r * call.in_features);
+            });
+        }
+        dot_rows(scratch.rows.get(), rows, call.in_features, inputs.numbers.get(), inputs.count, sums);
+        for (int64_t i = 0; i < rows * inputs.count; ++i) give(row + i / inputs.count, i % inputs.count, sum(sums[i]));
     }
 }
 
@@ -356,22 +299,21 @@ int sparse_matmul(const PintpotSparseMatmul& given) {
     if (!inputs.read(given.dtype, given.input, given.count, call.in_features)) return 1;
     const int64_t out_features = weight.rows * weight.block_rows;
     const int64_t work = call.starts.blocks.get()[weight.rows] * call.block * given.count;
+    const auto give = [&](int64_t row, int64_t n, float value) {
+        put_at(given.dtype, given.output, n * out_features + row, value);
+    };
     bool failed = false;
     pintpot::parallel_for(weight.rows, useful_threads(given.threads, work, kProductsPerThread),
                           [&](int64_t begin, int64_t end) {
         const SparseScratch scratch(call, given.count);
         if (!scratch.whole()) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        if (call.block == 1) return multiply_expanded(call, scratch, begin, end, inputs, give);
         for (int64_t row = begin; row < end; ++row) {
-            const auto give = [&](int64_t part, int64_t n, float value) {
-                put_at(given.dtype, given.output, n * out_features + row * weight.block_rows + part, value);
-            };
-            with_values(call, scratch, row, [&](const auto* values, const auto* last) {
-                if (call.block == 1) {
-                    expand_row(call.bitmap(row), weight.columns, values, last, scratch.row.get());
-                    return dot_all(scratch.row.get(), inputs.numbers.get(), given.count, call.in_features,
-                                   [&](int64_t n, float value) { give(0, n, value); });
-                }
-                multiply_blocks(call, scratch, blocks_of(call, scratch, row, values), inputs, give);
+            with_values(call, scratch, row, [&](const auto* values, const auto*) {
+                multiply_blocks(call, scratch, blocks_of(call, scratch, row, values), inputs,
+                                [&](int64_t part, int64_t n, float value) {
+                                    give(row * weight.block_rows + part, n, value);
+                                });
             });
         }
     });

@@ -1,7 +1,7 @@
 // Tiles of kept numbers, each number with its place in its tile, times a few inputs.
 //
-// Numbers are taken in the order in which they are stored: y[row of its place] += number * x[column of its place]. Four
-// neighbours, which often belong to one row, are added to four sums of that row, so that none waits for the one before.
+// Numbers are taken in the order in which they are stored: y[row of its place] += number * x[column of its place]. Eight
+// neighbours, which often belong to one row, are added to eight sums of that row, so that none waits for the one before.
 // Inputs lie column by column, up to eight beside one another.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace {
 typedef float Eight __attribute__((vector_size(32)));
 
 constexpr int64_t kTiledInputs = 8;
-constexpr int64_t kTiledChains = 4;
+constexpr int64_t kTiledChains = 8;
 constexpr int64_t kNumbersAtOnce = 256;
 
 // Divides places below 2^15 by the width of a tile.
@@ -116,7 +116,7 @@ int put_tiles(const PintpotTiledMatmul& call, const FloatInputs& inputs, int64_t
     const int64_t stride = sizeof(Lanes) / 4 * kTiledChains;
     for (int64_t i = 0; i < call.tile_rows; ++i) {
         Lanes* own = sums + i * kTiledChains;
-        own[0] = (own[0] + own[1]) + (own[2] + own[3]);
+        own[0] = ((own[0] + own[1]) + (own[2] + own[3])) + ((own[4] + own[5]) + (own[6] + own[7]));
     }
     for (int64_t n = 0; n < together; ++n) {
         float* own = reinterpret_cast<float*>(sums) + n;
