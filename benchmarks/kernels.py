@@ -8,10 +8,10 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
 as in decoding a model. Look-ups: the same products of 1 to 4 bits and few rows by t-mac's kernel, with the error of its
-8-bit tables. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are medians.
-``plain torch`` is the same call without the library. Attention: one token's queries of a layer with 32 query heads of
-128 numbers, to caches of bfloat16 numbers that are stored packed; the baseline is torch's fused attention to the same
-numbers dense.
+8-bit tables. Factors: weights of two factors and sparse ones, likewise. Optimizer steps: one parameter, float32 or
+bfloat16, with normal noise for gradients. Times are medians. ``plain torch`` is the same call without the library.
+Attention: one token's queries of a layer with 32 query heads of 128 numbers, to caches of bfloat16 numbers that are
+stored packed; the baseline is torch's fused attention to the same numbers dense.
 
 Peers: torch's dense product (the baseline) and its 4-bit and 8-bit products for CPUs (the latter is what torchao's
 int8 weights use); llama.cpp's formats of as many bits, which round inputs to 8 bits; bitsandbytes' 4-bit product (NF4)
@@ -51,7 +51,7 @@ from pintpot.cache.tokens import Tokens
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.formats import BitPlanes, Format, Grid
+from pintpot.weights.formats import BitPlanes, Dense, Format, Grid, LowRank, Sparse, Tiled
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -109,13 +109,13 @@ def workspace_of(run: Run) -> int:
     return tracker.ledger().peak_bytes
 
 
-def packed_product(grid: Format, weight: Tensor, x: Tensor) -> tuple[Run, int]:
+def packed_product(layout: Format, weight: Tensor, x: Tensor) -> tuple[Run, int]:
     """Ours, over copies of a weight in turn, and the bytes of one."""
-    stored = [grid.encode(weight)]
-    size = grid.nbytes(*weight.shape)
+    stored = [layout.encode(weight)]
+    size = layout.nbytes(*weight.shape)
     stored += [{name: t.clone() for name, t in stored[0].items()} for _ in range(CACHE_BYTES // size + 1)]
     turns = itertools.cycle(stored)
-    return lambda: grid.matmul(x, next(turns)), size
+    return lambda: layout.matmul(x, next(turns)), size
 
 
 def dense_product(weight: Tensor, x: Tensor) -> tuple[Run, int]:
@@ -229,6 +229,48 @@ def _error(planes: BitPlanes, grid: Grid, weight: Tensor, x: Tensor) -> float:
     """What tables of 8 bits change, relative to the product with the same numbers in float64."""
     exact = x.double() @ grid.decode(grid.encode(weight), weight.shape[1], torch.float64).T
     return float((planes.matmul(x, planes.encode(weight)).double() - exact).norm() / exact.norm())
+
+
+def factor_layouts(columns: int, dtype: torch.dtype) -> dict[str, Format]:
+    """Factors and sparse weights, with numbers of 16 bits (the type of the model's, if that has 16), and a grid."""
+    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    dense = Dense(dtype=half)
+    layouts: dict[str, Format] = {f"rank {r}": LowRank(rank=r, factor=dense) for r in (columns // 32, columns // 8)}
+    for kept in (0.5, 0.2):
+        layouts[f"1x1, {kept} kept"] = Sparse(kept_fraction=kept, balanced=False, values=dense)
+    for side in ((1, 16), (16, 16)):
+        sides = {"block_rows": side[0], "block_columns": side[1]}
+        layouts[f"{side[0]}x{side[1]}, 0.5 kept"] = Sparse(kept_fraction=0.5, balanced=False, values=dense, **sides)
+    grid = Grid(bits=4, group_size=16, scale_dtype=_name(half))
+    layouts["1x16, 0.5 kept, 4 bits"] = Sparse(kept_fraction=0.5, block_columns=16, balanced=False, values=grid)
+    layouts["tiles, 0.2 kept"] = Tiled(out_features_held=columns, kept_fraction=0.2, dtype=half)
+    return layouts
+
+
+def factors(columns: int, most_seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of products of factors and sparse weights."""
+    rate = read_rate(most_seconds)
+    for dtype, count in itertools.product(DTYPES, INPUT_ROWS):
+        generator = torch.Generator().manual_seed(SEED)
+        weight = torch.randn(columns, columns, generator=generator) / columns**0.5
+        x = torch.randn(count, columns, generator=generator).to(dtype)
+        for config, layout in factor_layouts(columns, dtype).items():
+            about = {"model": f"linear {columns}x{columns}", "data": f"{count} rows, {_name(dtype)}", "config": config}
+            # A random weight is as good as any for timing, and the leading singular vectors of a large one take long.
+            given = layout if not isinstance(layout, LowRank) else _RandomFactors(**vars(layout))
+            ways = {
+                BASE_PRODUCT: partial(dense_product, weight, x),
+                "pintpot": partial(packed_product, given, weight, x),
+            }
+            ways["pintpot, plain torch"] = ways["pintpot"]
+            yield from _rows(ways, BASE_PRODUCT, about, rate, most_seconds)
+
+
+class _RandomFactors(LowRank):
+    """Factors of no weight."""
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return self.encode_factors(weight[:, : self.rank], weight[: self.rank])
 
 
 def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, dtype: torch.dtype) -> Run:
@@ -350,13 +392,14 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "lookups", "steps", "attention"))
+    parser.add_argument("--only", choices=("products", "lookups", "factors", "steps", "attention"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
     parts = {
         "products": lambda: products(shapes, widths, seconds),
         "lookups": lambda: lookups(shapes, LOOKUP_WIDTHS, seconds),
+        "factors": lambda: factors(512 if options.quick else 4096, seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
         "attention": lambda: attentions((512,) if options.quick else (4096, 16384), seconds),
     }

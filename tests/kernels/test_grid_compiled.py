@@ -135,7 +135,9 @@ def scale_of_each(scale, group_size, columns):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("columns", "group_size"), [(700, 64), (2048, 128), (1024, 1024), (1088, 64), (1088, 32), (512, 8)])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(700, 64), (2048, 128), (1024, 1024), (1088, 64), (1088, 32), (512, 8)]
+)
 def test_a_product_depends_on_nothing_but_its_row_and_input(isa, bits, columns, group_size):
     """Neither on the number of threads, nor on what is multiplied beside it, nor on how codes are read."""
     stored = make(67, columns, bits, group_size)

@@ -1,7 +1,9 @@
 """Operations on packed storage: each a plain torch definition for any device, and on the CPU a compiled kernel."""
 
 from pintpot.kernels import ops_attend as ops_attend
+from pintpot.kernels import ops_factors as ops_factors
 from pintpot.kernels import ops_grid as ops_grid
+from pintpot.kernels import ops_lookup as ops_lookup
 from pintpot.kernels.attend import (
     Attended,
     Float8Block,
@@ -11,16 +13,19 @@ from pintpot.kernels.attend import (
     attend_serves,
     reads_packed,
 )
-from pintpot.kernels import ops_lookup as ops_lookup
 from pintpot.kernels.blocks import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.kernels.grid import dequantize, grid_matmul, workspace_bytes
 from pintpot.kernels.lookup import dequantize_planes, lut_matmul, pack_planes
+from pintpot.kernels.low_rank import low_rank_matmul, low_rank_workspace
 from pintpot.kernels.packing import pack, packed_size, restore, unpack
+from pintpot.kernels.sparse import GridNumbers, sparse_decode, sparse_matmul, sparse_matmul_serves
+from pintpot.kernels.tiled import tiled_matmul, tiled_matmul_serves
 
 __all__ = [
     "AdamRates",
     "Attended",
     "Float8Block",
+    "GridNumbers",
     "Packed",
     "PackedBlock",
     "attend_fp8",
@@ -30,6 +35,8 @@ __all__ = [
     "dequantize_planes",
     "grid_matmul",
     "lut_matmul",
+    "low_rank_matmul",
+    "low_rank_workspace",
     "pack",
     "pack_planes",
     "packed_adam_",
@@ -37,6 +44,11 @@ __all__ = [
     "packed_size",
     "reads_packed",
     "restore",
+    "sparse_decode",
+    "sparse_matmul",
+    "sparse_matmul_serves",
+    "tiled_matmul",
+    "tiled_matmul_serves",
     "unpack",
     "workspace_bytes",
 ]

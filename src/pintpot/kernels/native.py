@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pintpot.core.errors import CompositionError, PintpotError
+from pintpot.core.errors import CompositionError, PintpotError, ShapeError
 
 PLAIN = "plain torch"
 """What ``path`` says where there is no library."""
@@ -28,6 +28,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 LIBRARY = torch.library.Library("pintpot", "FRAGMENT")
 """Where the operations are registered; lives as long as the program."""
+
+_CONTRADICTION = 2
+"""What an operation returns that finds its arrays to contradict one another."""
 
 _FILE = Path(__file__).with_name("libpintpot.so")
 _MISSING = (
@@ -78,11 +81,18 @@ def call(name: str, arguments: ctypes.Structure) -> None:
 
     Raises:
         PintpotError: when it found no memory for its small buffers.
+        ShapeError: when what the tensors say contradicts their sizes.
     """
     found = library()
     if found is None:
         raise PintpotError(_MISSING, hint="reinstall Pintpot with a C++ compiler")
-    if getattr(found, f"pintpot_{name}")(ctypes.byref(arguments)):
+    status = getattr(found, f"pintpot_{name}")(ctypes.byref(arguments))
+    if status == _CONTRADICTION:
+        raise ShapeError(
+            f"{name}: the stored tensors contradict one another",
+            hint="pass those that were stored together; `pintpot check` tells whether a folder is damaged",
+        )
+    if status:
         raise PintpotError(f"no memory for the buffers of {name}", hint="give the process more memory")
 
 

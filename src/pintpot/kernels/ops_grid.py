@@ -100,7 +100,7 @@ def _restore(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: 
 
 
 def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_size: int, count: int) -> Tensor:
-    _check(packed, scale, None, bits, group_size, count)
+    check_grid(packed, scale, None, bits, group_size, count)
     if low.shape != scale.shape or low.dtype != scale.dtype:
         raise ShapeError(
             f"least numbers {tuple(low.shape)} ({low.dtype}) are not those of scales {tuple(scale.shape)}"
@@ -110,7 +110,12 @@ def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_
     return packed.new_empty((*packed.shape[:-1], count), dtype=torch.float32)
 
 
-def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
+def check_grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
+    """Refuse tensors that are no grid of these sizes.
+
+    Raises:
+        ShapeError: naming the sizes.
+    """
     rows, groups = packed.shape[:-1], -(-columns // max(1, group_size))
     shaped = (
         columns > 0
@@ -128,7 +133,10 @@ def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
         )
 
 
-def _grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> PackedGrid:
+def grid_arguments(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int
+) -> PackedGrid:
+    """Addresses and sizes of a checked grid."""
     pointers = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     return PackedGrid(*pointers, native.DTYPES[scale.dtype], _rows_of(packed), columns, group_size, bits)
 
@@ -137,7 +145,7 @@ def _dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     out = _dequantize_shape(packed, scale, zero, bits, group_size, columns, dtype)
-    grid = _grid(packed, scale, zero, bits, group_size, columns)
+    grid = grid_arguments(packed, scale, zero, bits, group_size, columns)
     arguments = Dequantize(grid, out.data_ptr(), native.DTYPES[dtype], torch.get_num_threads())
     native.call("grid_dequantize", arguments)
     return out
@@ -146,13 +154,13 @@ def _dequantize(
 def _dequantize_shape(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    _check(packed, scale, zero, bits, group_size, columns)
+    check_grid(packed, scale, zero, bits, group_size, columns)
     return packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
 
 
 def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
     out = _matmul_shape(input, packed, scale, zero, bits, group_size)
-    grid = _grid(packed, scale, zero, bits, group_size, input.shape[-1])
+    grid = grid_arguments(packed, scale, zero, bits, group_size, input.shape[-1])
     pointers = input.data_ptr(), out.data_ptr()
     arguments = Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
     native.call("grid_matmul", arguments)
@@ -162,7 +170,7 @@ def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, b
 def _matmul_shape(
     input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    _check(packed, scale, zero, bits, group_size, input.shape[-1])
+    check_grid(packed, scale, zero, bits, group_size, input.shape[-1])
     return input.new_empty((*input.shape[:-1], packed.shape[0]))
 
 

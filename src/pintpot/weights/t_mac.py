@@ -28,8 +28,9 @@ from pintpot.kernels.grid import FEW_ROWS
 from pintpot.weights.kernel_choice import BitPlaneKernel
 
 RISK = 0.001
-"""Relative rise of perplexity that tables of 8 bits cost: the largest of five on the embedded model, rtn with 2 to 4 bits
-in groups of 32 to 128, with every product looked up (8,192 held-out tokens, context 512); the others are below 0.0005."""
+"""Relative rise of perplexity that tables of 8 bits cost: the largest of five on the embedded model, rtn with 2 to 4
+bits in groups of 32 to 128, with every product looked up (8,192 held-out tokens, context 512); the others are below
+0.0005."""
 
 
 @technique(

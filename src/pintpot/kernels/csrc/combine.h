@@ -75,7 +75,9 @@ struct Table {
         // Where a row is one run, a strip ends with its field: so never has more groups than lanes.
         int64_t ends[3] = {row_bytes, row_bytes, row_bytes};
         int fields = 0;
-        if (parts == 1) each_field(bits, codes, [&](int f, int, int64_t at) { ends[fields++] = at + field_bytes(codes, f); });
+        if (parts == 1) {
+            each_field(bits, codes, [&](int f, int, int64_t at) { ends[fields++] = at + field_bytes(codes, f); });
+        }
         for (int64_t at = 0, field = 0; at < row_bytes; at = at + kLanes < ends[field] ? at + kLanes : ends[field++]) {
             fill(strips.get() + count++, bits, codes, group, at, ends[field]);
         }
@@ -234,21 +236,21 @@ void add_strip(const Packed& packed, const PackedStrip& strip, Floats* sums) {
     }
 }
 
-using AddStrip = void (*)(const Packed&, const PackedStrip&, Floats*);
+using AddPacked = void (*)(const Packed&, const PackedStrip&, Floats*);
 
 template <typename Coding, int Inputs>
-AddStrip strip_of(const Table& table) {
+AddPacked strip_of(const Table& table) {
     if (table.uniform) return add_strip<Coding, Inputs, kUniform>;
     return table.alike ? add_strip<Coding, Inputs, kAlike> : add_strip<Coding, Inputs, kMixed>;
 }
 
 template <typename Coding>
-AddStrip strip_of(const Table& table, int64_t inputs) {
+AddPacked strip_of(const Table& table, int64_t inputs) {
     if (inputs == 4) return strip_of<Coding, 4>(table);
     return inputs == 2 ? strip_of<Coding, 2>(table) : strip_of<Coding, 1>(table);
 }
 
-inline AddStrip strip_of(const Table& table, int planes, int64_t inputs) {
+inline AddPacked strip_of(const Table& table, int planes, int64_t inputs) {
     if (planes == 1) return strip_of<Integers<1>>(table, inputs);
     if (planes == 2) return strip_of<Integers<2>>(table, inputs);
     return planes == 4 ? strip_of<Integers<4>>(table, inputs) : strip_of<Integers<8>>(table, inputs);

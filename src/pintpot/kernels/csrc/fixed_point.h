@@ -62,11 +62,13 @@ struct Segment {
     int64_t start, end, group;
 };
 
+// Whether small groups are put together into segments, and of how many columns.
 #if defined(PINTPOT_AVX512)
-constexpr int64_t kJoined = 64;
+constexpr bool kJoins = true;
 #else
-constexpr int64_t kJoined = 0;
+constexpr bool kJoins = false;
 #endif
+constexpr int64_t kJoined = 64;
 
 // The segments of a row, in order. (They are listed because divisions would take longer than the products.)
 struct Segments {
@@ -76,7 +78,8 @@ struct Segments {
 
     Segments(int64_t columns, int64_t group, int64_t widest = kSegment)
         : columns(columns), group(group), groups((columns + group - 1) / group), count(0) {
-        joined = widest == kSegment && group >= 4 && group < kJoined && kJoined % group == 0 && columns % kJoined == 0;
+        joined = kJoins && widest == kSegment && group >= 4 && group < kJoined && kJoined % group == 0 &&
+                 columns % kJoined == 0;
         const int64_t span = joined ? kJoined : group, most = joined ? kJoined : widest;
         const int64_t each = (span + most - 1) / most;
         if (!list.reserve((columns + span - 1) / span * each)) return;

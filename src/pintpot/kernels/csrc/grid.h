@@ -121,7 +121,7 @@ Add add_of(int planes, int fields, int64_t rows) {
 }
 
 inline Add add_of(bool joined, int planes, int fields, int64_t rows) {
-    return joined && kJoined > 0 ? add_of<(kJoined > 0)>(planes, fields, rows) : add_of<false>(planes, fields, rows);
+    return joined ? add_of<kJoins>(planes, fields, rows) : add_of<false>(planes, fields, rows);
 }
 
 // The weights of a run: scales times steps.

@@ -5,6 +5,9 @@
 #include "dispatch.h"
 #include "grid.h"
 #include "lookup.h"
+#include "low_rank.h"
+#include "sparse.h"
+#include "tiled.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

@@ -89,13 +89,56 @@ struct PintpotAttend {
     double softcap;  // scores become softcap * tanh(scores / softcap); 0 leaves them
 };
 
+// left (rows, rank) times right (rank, columns).
+struct PintpotLowRankMatmul {
+    const void* left;
+    const void* right;
+    const void* input;  // (count, columns)
+    void* output;       // (count, rows)
+    int64_t factor_dtype, dtype, rows, rank, columns, count, threads;
+};
+
+// A matrix of blocks, some of which are kept, as in sparse.py.
+struct PintpotSparse {
+    const uint8_t* bitmap;  // (rows, packed_size(columns, 1))
+    const void* values;     // (held,) the numbers of one kept block after the other; unused where `grid` holds them
+    PintpotGrid grid;       // of `held` numbers, row after row; where it has no codes, `values` holds them
+    int64_t dtype, held;
+    int64_t rows, columns;  // of blocks
+    int64_t block_rows, block_columns;
+};
+
+struct PintpotSparseMatmul {
+    PintpotSparse weight;
+    const void* input;  // (count, columns * block_columns)
+    void* output;       // (count, rows * block_rows)
+    int64_t dtype, count, threads;
+};
+
+struct PintpotSparseDecode {
+    PintpotSparse weight;
+    void* output;  // (rows * block_rows, columns * block_columns)
+    int64_t dtype, threads;
+};
+
+// A matrix (rows, columns) in tiles, some of whose numbers are kept, as in tiled.py.
+struct PintpotTiledMatmul {
+    const void* values;      // (held,)
+    const int16_t* places;   // (held,)
+    const int32_t* starts;   // (tiles + 1,)
+    const void* input;       // (count, columns)
+    void* output;            // (count, rows)
+    int64_t value_dtype, dtype, held, rows, columns, tile_rows, tile_columns, count, threads;
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
 // The function of the OpenMP runtime that starts threads (`GOMP_parallel`), or null.
 void pintpot_use_runtime(void* parallel);
 
-// Every operation with its arguments. Each gives 0, or 1 where memory ran out and its output is not whole.
+// Every operation with its arguments. Each gives 0, or, where its output is not whole, 1 (memory ran out) or 2 (arrays
+// contradict one another).
 #define PINTPOT_OPERATIONS(EACH) \
     EACH(adam, PintpotAdam) \
     EACH(pack, PintpotPacking) \
@@ -106,7 +149,11 @@ void pintpot_use_runtime(void* parallel);
     EACH(attend_packed, PintpotAttend) \
     EACH(attend_fp8, PintpotAttend) \
     EACH(planes_dequantize, PintpotGridDequantize) \
-    EACH(lut_matmul, PintpotGridMatmul)
+    EACH(lut_matmul, PintpotGridMatmul) \
+    EACH(low_rank_matmul, PintpotLowRankMatmul) \
+    EACH(sparse_matmul, PintpotSparseMatmul) \
+    EACH(sparse_decode, PintpotSparseDecode) \
+    EACH(tiled_matmul, PintpotTiledMatmul)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)

@@ -82,12 +82,20 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(x) & 0x7fffffffu); }
 
+// Halves are added to one another until one number is left, in the same order everywhere.
 inline float sum(Floats x) {
-    float total = 0;
+#if defined(PINTPOT_AVX512)
+    return _mm512_reduce_add_ps(x);
+#elif defined(PINTPOT_AVX2)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
     for (int width = kLanes / 2; width > 0; width /= 2) {
         for (int i = 0; i < width; ++i) x[i] += x[i + width];
     }
-    return total + x[0];
+    return x[0];
+#endif
 }
 
 inline float greatest(Floats x) {

@@ -65,6 +65,10 @@ class Format(ABC):
         """
         return multiply_by_strips(self, input, tensors)
 
+    def multiplies_packed(self) -> bool:
+        """Whether a compiled kernel multiplies few rows of input by what is stored, without workspace."""
+        return False
+
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The stored tensors of some of the rows; unless overridden each tensor's first dimension is O."""
         return {name: tensor[rows] for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pintpot.core.errors import ShapeError
+from pintpot.kernels import low_rank_matmul, low_rank_workspace
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
 from pintpot.weights.formats.dense import Dense
 
@@ -66,12 +67,20 @@ class LowRank(Format):
         return (left @ right).to(dtype)
 
     def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """First the right factor, then the left one."""
+        """First the right factor, then the left one; of dense factors without all inner numbers in memory."""
+        if isinstance(self.factor, Dense):
+            return low_rank_matmul(input, tensors["left_dense"], tensors["right_dense"])
         inner = self.factor.matmul(input, within("right_", tensors))
         return self.factor.matmul(inner, within("left_", tensors))
 
+    def multiplies_packed(self) -> bool:
+        """By dense factors, or where their format does."""
+        return isinstance(self.factor, Dense) or self.factor.multiplies_packed()
+
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """That of the factor with the larger one; the thin product beside it is not counted."""
+        """That of the factor with the larger one; only dense factors have the thin product beside it bounded."""
+        if isinstance(self.factor, Dense):
+            return low_rank_workspace(out_features, in_features, self.rank, self.factor.dtype, dtype)
         return max(
             self.factor.workspace(out_features, self.rank, dtype), self.factor.workspace(self.rank, in_features, dtype)
         )

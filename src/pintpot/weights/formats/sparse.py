@@ -19,9 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
-from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels import GridNumbers, native, pack, packed_size, sparse_decode, sparse_matmul, sparse_matmul_serves
+from pintpot.kernels.sparse import in_order
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
 from pintpot.weights.formats.dense import Dense
+from pintpot.weights.formats.grid import Grid
 from pintpot.weights.formats.selection import largest
 
 RUN = 256
@@ -113,11 +115,7 @@ class Sparse(Format):
 
     def weight(self, blocks: Tensor) -> Tensor:
         """Numbers by blocks (R, C, b) in the order of the weight, (O, I)."""
-        rows, columns, _ = blocks.shape
-        if self.block_rows == 1:
-            return blocks.reshape(rows, columns * self.block_columns)
-        parts = blocks.reshape(rows, columns, self.block_rows, self.block_columns)
-        return parts.transpose(1, 2).reshape(rows * self.block_rows, columns * self.block_columns)
+        return in_order(blocks, self.block_rows, self.block_columns)
 
     def choose(self, score: Tensor) -> Tensor:
         """Which blocks to keep: those of the highest scores.
@@ -166,13 +164,49 @@ class Sparse(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The kept numbers at their places, and zeros."""
-        columns = in_features // self.block_columns
-        mask = unpack(tensors["bitmap"], 1, columns).bool()
-        numbers = self.values.decode(within("values_", tensors), self.held(mask.shape[0], columns)[1], dtype)
+        inner = within("values_", tensors)
+        if isinstance(self.values, Dense):
+            numbers = inner["dense"]
+        else:
+            numbers = self.values.decode(inner, self._held_width(in_features), dtype)
         if "skipped" in tensors:
             numbers = numbers.flatten()[tensors["skipped"].shape[0] * self.block :]
-        blocks = numbers.new_zeros((*mask.shape, self.block))
-        return self.weight(blocks.masked_scatter_(mask[..., None], numbers))
+        return sparse_decode(tensors["bitmap"], numbers, **self._sides, in_features=in_features, dtype=dtype)
+
+    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``input`` (..., I) times the transposed weight; for few rows of input none of it is made dense."""
+        values = self._stored_values(tensors, input.shape[-1])
+        if values is None or not sparse_matmul_serves(input, tensors["bitmap"], values):
+            return super().matmul(input, tensors)
+        return sparse_matmul(input, tensors["bitmap"], values, **self._sides)
+
+    def multiplies_packed(self) -> bool:
+        """By dense numbers and by grids of them."""
+        return isinstance(self.values, Dense | Grid)
+
+    def _stored_values(self, tensors: Mapping[str, Tensor], in_features: int) -> Tensor | GridNumbers | None:
+        """The kept numbers as the product takes them; None of a format that it does not take."""
+        inner = within("values_", tensors)
+        if isinstance(self.values, Dense):
+            return inner["dense"]
+        if not isinstance(self.values, Grid):
+            return None
+        width = self._held_width(in_features)
+        return GridNumbers(
+            packed=inner["packed"],
+            scale=inner["scale"],
+            zero=inner.get("zero"),
+            bits=self.values.bits,
+            group_size=self.values.group(width),
+            width=width,
+        )
+
+    def _held_width(self, in_features: int) -> int:
+        return self.held(1, in_features // self.block_columns)[1]
+
+    @property
+    def _sides(self) -> dict[str, int]:
+        return {"block_rows": self.block_rows, "block_columns": self.block_columns}
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The bitmap's rows and the numbers kept in them; ``rows`` begin and end between blocks.
@@ -189,9 +223,8 @@ class Sparse(Format):
             total, share = self.values.out_features(inner), own.stop - own.start
             kept = self.values.rows(inner, slice(0, -(-total * min(share, bitmap.shape[0]) // bitmap.shape[0])))
             return {"bitmap": bitmap[own], **prefixed("values_", kept)}
-        bits = 8 * bitmap.shape[1]
-        first = int(unpack(bitmap[: own.start], 1, bits).sum())
-        last = first + int(unpack(bitmap[own], 1, bits).sum())
+        first = _ones(bitmap[: own.start])
+        last = first + _ones(bitmap[own])
         kept = self.values.rows(inner, slice(first // self._run, -(-last // self._run)))
         return {"bitmap": bitmap[own], **prefixed("values_", kept), "skipped": bitmap.new_empty(first % self._run)}
 
@@ -204,8 +237,19 @@ class Sparse(Format):
         return int(tensors["bitmap"].shape[0]) * self.block_rows
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
-        """The mask, the kept numbers as they are decoded, and the row itself (twice where blocks are put in order)."""
+        """The row itself, kept numbers that are not dense, and without the library the mask and more copies."""
         columns = in_features // self.block_columns
-        numbers = self.values.row_bytes(self.kept(columns) * self.block_columns, dtype)
+        kept = self.kept(columns) * self.block_columns
+        if native.library() is not None:
+            numbers = 0 if isinstance(self.values, Dense) else self.values.row_bytes(kept, dtype)
+            return numbers + in_features * dtype.itemsize
         copies = 1 if self.block_rows == 1 else 2
-        return -(-2 * columns // self.block_rows) + numbers + copies * in_features * dtype.itemsize
+        mask = -(-2 * columns // self.block_rows)
+        return mask + self.values.row_bytes(kept, dtype) + copies * in_features * dtype.itemsize
+
+
+def _ones(packed: Tensor) -> int:
+    """How many bits are set."""
+    pairs = packed - ((packed >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return int(((fours + (fours >> 4)) & 0x0F).sum())

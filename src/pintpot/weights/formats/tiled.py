@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
+from pintpot.kernels import tiled_matmul, tiled_matmul_serves
+from pintpot.kernels.tiled import MOST_PLACES
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
 from pintpot.weights.formats.selection import largest
-
-MOST_PLACES = 1 << 15
-"""Numbers in a tile that 16 bits with a sign can tell apart."""
 
 
 @file_name("tiled")
@@ -125,6 +124,23 @@ class Tiled(Format):
             dense[places[kept].long().add_(tiles.mul_(tile))] = values[kept].to(dtype)
         parts = dense.view(-1, columns, self.tile_rows, self.tile_columns).transpose(1, 2)
         return parts.reshape(-1, columns * self.tile_columns)[: self.out_features_held, :in_features]
+
+    def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``input`` (..., I) times the transposed weight; for few rows of input without a dense tile."""
+        stored = tensors["values"], tensors["places"], tensors["starts"]
+        if not tiled_matmul_serves(input, *stored):
+            return super().matmul(input, tensors)
+        return tiled_matmul(
+            input,
+            *stored,
+            out_features=self.out_features_held,
+            tile_rows=self.tile_rows,
+            tile_columns=self.tile_columns,
+        )
+
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """Where the tiles of the rows begin, and all kept numbers; ``rows`` begin between tiles."""
