@@ -3,6 +3,8 @@
 #include "adam.h"
 #include "dispatch.h"
 #include "grid.h"
+#include "hadamard.h"
+#include "rounding.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

@@ -64,6 +64,26 @@ struct PintpotGridDequantize {
     int64_t dtype, threads;
 };
 
+// Numbers rounded to those of a format, as in rounding.py.
+struct PintpotRounding {
+    const void* input;  // (count,)
+    void* output;       // likewise
+    int64_t dtype, count;
+    int64_t digits, least_exponent, flushes, mode;
+    int64_t seed, stream, threads;
+    float low, high;     // the range
+    float below, above;  // what finite numbers beyond it become
+    float least, most;   // what the infinities become
+};
+
+// Blocks of numbers, each times a Hadamard matrix and `scale`, as in hadamard.py.
+struct PintpotHadamard {
+    const void* input;  // (count,), a multiple of `block`
+    void* output;       // likewise
+    int64_t dtype, count, block, threads;
+    float scale;
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
@@ -77,7 +97,9 @@ void pintpot_use_runtime(void* parallel);
     EACH(unpack, PintpotPacking) \
     EACH(restore, PintpotRestore) \
     EACH(grid_dequantize, PintpotGridDequantize) \
-    EACH(grid_matmul, PintpotGridMatmul)
+    EACH(grid_matmul, PintpotGridMatmul) \
+    EACH(round_to, PintpotRounding) \
+    EACH(hadamard, PintpotHadamard)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)
