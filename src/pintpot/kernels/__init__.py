@@ -2,6 +2,7 @@
 
 from pintpot.kernels import ops_grid as ops_grid
 from pintpot.kernels import ops_rounding as ops_rounding
+from pintpot.kernels import planes as planes
 from pintpot.kernels.blocks import AdamRates, Packed, packed_adam_, packed_adam_serves
 from pintpot.kernels.grid import dequantize, grid_matmul, workspace_bytes
 from pintpot.kernels.packing import pack, packed_size, restore, unpack

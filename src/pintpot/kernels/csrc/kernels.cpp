@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "grid.h"
 #include "hadamard.h"
+#include "planes.h"
 #include "rounding.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);

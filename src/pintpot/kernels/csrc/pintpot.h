@@ -84,6 +84,16 @@ struct PintpotHadamard {
     float scale;
 };
 
+// Floats of 16 or 32 bits whose bytes lie apart, as in core/byte_planes.py.
+struct PintpotPlanes {
+    const uint8_t* exponents;  // (count,)
+    const uint8_t* signs;      // the signs with the leading seven bits of the mantissas
+    const uint8_t* upper;      // the bytes below, of 32 bits only
+    const uint8_t* lower;
+    void* output;  // (count,)
+    int64_t width, count;
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
@@ -99,7 +109,8 @@ void pintpot_use_runtime(void* parallel);
     EACH(grid_dequantize, PintpotGridDequantize) \
     EACH(grid_matmul, PintpotGridMatmul) \
     EACH(round_to, PintpotRounding) \
-    EACH(hadamard, PintpotHadamard)
+    EACH(hadamard, PintpotHadamard) \
+    EACH(join_planes, PintpotPlanes)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)
