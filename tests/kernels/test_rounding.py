@@ -1,4 +1,4 @@
-"""Rounding to formats: the nearest numbers of a format that is written out, compiled as defined, and random by place."""
+"""Rounding to formats: the neighbours in a format that is written out, compiled as defined, and random by place."""
 
 import math
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def numbers(count: int = 4000, seed: int = 0) -> torch.Tensor:
-    """Every kind of float32: random bits, ordinary numbers, multiples of 1/32 (which often lie halfway), and odd ones."""
+    """Every kind of float32: random bits, ordinary numbers, multiples of 1/32 (often halfway), and odd ones."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32, generator=generator).view(torch.float32)
     plain = torch.randn(count, generator=generator) * 4

@@ -119,7 +119,7 @@ def test_what_is_recomputed_for_its_gradient_is_rounded_alike():
     for checkpointed in (False, True):
         model = tiny_model("llama").train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         with Pychop(format="e4m3", rounding="stochastic").scope_of(model)():
             model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append(linear(model).weight.grad)
@@ -150,7 +150,11 @@ def test_the_closed_form_is_near_the_rehearsal(workload):
 
 def test_risk_rises_as_bits_fall():
     shape = ModelShape.from_config(tiny_config("llama"))
-    for names in (("fp16", "bf16", "e5m3", "e4m3", "e5m2", "e3m2", "e2m1"), ("int8", "int6", "int4"), ("fixed4.10", "fixed4.4")):
+    for names in (
+        ("fp16", "bf16", "e5m3", "e4m3", "e5m2", "e3m2", "e2m1"),
+        ("int8", "int6", "int4"),
+        ("fixed4.10", "fixed4.4"),
+    ):
         risks = [Pychop(format=name).risk(shape, GENERATE) for name in names]
         assert risks == sorted(risks)
         assert risks[0] > 0

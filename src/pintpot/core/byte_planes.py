@@ -21,7 +21,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ def decode(stored: Bytes, dtypes: dict[str, torch.dtype]) -> Tensor:
     if len(stored) < after:
         raise _damaged("its table is cut off")
     table = np.frombuffer(stored[begin:after].tobytes(), "<u4")
-    bounds = [after, *(after + np.cumsum(table, dtype=np.int64)).tolist()]
+    bounds = list(accumulate(table.tolist(), initial=after))
     if len(stored) != bounds[-1]:
         raise _damaged("it has another length than its table calls for")
     tensor = torch.empty(shape, dtype=dtypes[name])
@@ -236,7 +236,7 @@ _joiner: Joiner = join_exponents
 
 def join_by(joiner: Joiner) -> None:
     """Have floats put together by another function that does what ``join_exponents`` does (a compiled one)."""
-    global _joiner  # noqa: PLW0603
+    global _joiner
     _joiner = joiner
 
 

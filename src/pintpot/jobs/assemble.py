@@ -45,7 +45,6 @@ from pintpot.weights import load_and_compress
 from pintpot.weights._base import WeightMethod
 from pintpot.weights.arithmetic import Arithmetic
 
-
 Scope = Callable[[], AbstractContextManager[Any]]
 """What makes the context around the passes of a job."""
 

@@ -37,9 +37,7 @@ def _round_to(numbers: Tensor, settings: list[int], limits: list[float], draw: l
     out = _round_to_shape(numbers, settings, limits, draw)
     sizes = native.DTYPES[numbers.dtype], numbers.numel()
     threads = torch.get_num_threads()
-    native.call(
-        "round_to", _Rounding(numbers.data_ptr(), out.data_ptr(), *sizes, *settings, *draw, threads, *limits)
-    )
+    native.call("round_to", _Rounding(numbers.data_ptr(), out.data_ptr(), *sizes, *settings, *draw, threads, *limits))
     return out
 
 

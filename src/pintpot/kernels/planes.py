@@ -24,8 +24,14 @@ def join_planes(planes: Sequence[Bytes], chunk: Bytes) -> None:
     if native.library() is None or not fits or not all(a.flags.c_contiguous for a in (*planes, chunk)):
         byte_planes.join_exponents(planes, chunk)
         return
-    held = [plane.ctypes.data for plane in planes] + [None] * (4 - width)
-    native.call("join_planes", _Planes(*held, chunk.ctypes.data, width, count))
+    held = [_address(plane) for plane in planes] + [None] * (4 - width)
+    native.call("join_planes", _Planes(*held, _address(chunk), width, count))
+
+
+def _address(array: Bytes) -> int:
+    # Several times as fast as ``array.ctypes.data``, and there are five for every 65536 numbers.
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 byte_planes.join_by(join_planes)

@@ -1,7 +1,7 @@
 """Rounding to formats with few bits: which numbers a format has, and which of its two neighbours a number becomes.
 
-All formats are one lattice. A number of exponent ``e`` goes to a multiple of ``2 ** (max(e, least_exponent) - digits)``,
-and then into the range; a fixed-point format is a lattice whose least exponent is above all of its numbers.
+All formats are one lattice. A number of exponent ``e`` goes to a multiple of ``2 ** (max(e, least_exponent) -
+digits)``, and then into the range; a fixed-point format is a lattice whose least exponent is above all of its numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pintpot.kernels.philox import random_words
 class Rounding(StrEnum):
     """Which of its two neighbours a number becomes that a format does not have.
 
-    The first four are those of IEEE 754. Up and down are towards the infinities. ``TO_ODD`` takes the neighbour whose
+    The first four and ``TIES_AWAY`` are those of IEEE 754. Up and down are towards the infinities. ``TO_ODD`` takes the neighbour whose
     last bit is set, so that a second rounding to fewer bits goes where one alone would have gone. ``STOCHASTIC`` takes
     either with the probability of its nearness (in steps of ``2 ** -24``), ``STOCHASTIC_EQUAL`` with one half.
     """
@@ -210,12 +210,16 @@ FORMATS: Mapping[str, NumberFormat] = {
     "tf32": Minifloat(8, 10),
     "float32": Minifloat(8, 23),
 }
-"""Formats by name. ``e4m3`` to ``e2m1`` are those of the Open Compute Project; ``q43`` and ``q52`` are quarter precision
-as Pychop has it, with the largest exponent given up."""
+"""Formats by name. ``e4m3`` to ``e2m1`` are those of the Open Compute Project; ``q43`` and ``q52`` are quarter
+precision as Pychop has it, with the largest exponent given up."""
 
 ALIASES: Mapping[str, str] = {
-    **{"fp8-e4m3": "q43", "fp8-e5m2": "q52", "b": "bfloat16", "bf16": "bfloat16", "h": "float16", "half": "float16"},
-    **{"fp16": "float16", "t": "tf32", "s": "float32", "single": "float32", "fp32": "float32"},
+    **dict.fromkeys(("fp8-e4m3",), "q43"),
+    **dict.fromkeys(("fp8-e5m2",), "q52"),
+    **dict.fromkeys(("b", "bf16"), "bfloat16"),
+    **dict.fromkeys(("h", "half", "fp16"), "float16"),
+    **dict.fromkeys(("t",), "tf32"),
+    **dict.fromkeys(("s", "single", "fp32"), "float32"),
 }
 """Pychop's other names for them."""
 

@@ -6,39 +6,28 @@
 
 namespace {
 
-// The upper 16 bits of numbers, in words.
-inline Words top_of(const uint8_t* exponents, const uint8_t* signs) {
-    const Words exponent = __builtin_convertvector(load<Bytes>(exponents), Words);
-    const Words sign = __builtin_convertvector(load<Bytes>(signs), Words);
-    return (sign & 0x80u) << 8 | exponent << 7 | (sign & 0x7fu);
+// Loops as plain as these are made into vectors by the compiler, better than the vector types are converted by it.
+inline void join_halves(const uint8_t* __restrict exponents, const uint8_t* __restrict signs, int64_t count,
+                        uint16_t* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) {
+        to[i] = static_cast<uint16_t>((signs[i] & 0x80) << 8 | exponents[i] << 7 | (signs[i] & 0x7f));
+    }
 }
 
-inline uint32_t top_of(uint8_t exponent, uint8_t sign) {
-    return (sign & 0x80u) << 8 | static_cast<uint32_t>(exponent) << 7 | (sign & 0x7fu);
+inline void join_words(const PintpotPlanes& call, uint32_t* __restrict to) {
+    const uint8_t *__restrict exponents = call.exponents, *__restrict signs = call.signs;
+    const uint8_t *__restrict upper = call.upper, *__restrict lower = call.lower;
+    for (int64_t i = 0; i < call.count; ++i) {
+        const uint32_t sign = signs[i], exponent = exponents[i], next = upper[i];
+        to[i] = (sign & 0x80u) << 24 | exponent << 23 | (sign & 0x7fu) << 16 | next << 8 | lower[i];
+    }
 }
 
 int join_planes(const PintpotPlanes& call) {
-    auto* to = static_cast<uint8_t*>(call.output);
-    int64_t i = 0;
     if (call.width == 4) {
-        for (; i + kLanes <= call.count; i += kLanes) {
-            const Words upper = __builtin_convertvector(load<Bytes>(call.upper + i), Words);
-            const Words lower = __builtin_convertvector(load<Bytes>(call.lower + i), Words);
-            store(to + 4 * i, top_of(call.exponents + i, call.signs + i) << 16 | upper << 8 | lower);
-        }
-        for (; i < call.count; ++i) {
-            const uint32_t upper = call.upper[i], lower = call.lower[i];
-            const uint32_t whole = top_of(call.exponents[i], call.signs[i]) << 16 | upper << 8 | lower;
-            std::memcpy(to + 4 * i, &whole, 4);
-        }
-        return 0;
-    }
-    for (; i + kLanes <= call.count; i += kLanes) {
-        store(to + 2 * i, __builtin_convertvector(top_of(call.exponents + i, call.signs + i), Halves));
-    }
-    for (; i < call.count; ++i) {
-        const auto whole = static_cast<uint16_t>(top_of(call.exponents[i], call.signs[i]));
-        std::memcpy(to + 2 * i, &whole, 2);
+        join_words(call, static_cast<uint32_t*>(call.output));
+    } else {
+        join_halves(call.exponents, call.signs, call.count, static_cast<uint16_t*>(call.output));
     }
     return 0;
 }
