@@ -25,9 +25,10 @@ from pintpot.kernels.philox import random_words
 class Rounding(StrEnum):
     """Which of its two neighbours a number becomes that a format does not have.
 
-    The first four and ``TIES_AWAY`` are those of IEEE 754. Up and down are towards the infinities. ``TO_ODD`` takes the neighbour whose
-    last bit is set, so that a second rounding to fewer bits goes where one alone would have gone. ``STOCHASTIC`` takes
-    either with the probability of its nearness (in steps of ``2 ** -24``), ``STOCHASTIC_EQUAL`` with one half.
+    The first four and ``TIES_AWAY`` are those of IEEE 754. Up and down are towards the infinities. ``TO_ODD`` takes
+    the neighbour whose last bit is set, so that a second rounding to fewer bits goes where one alone would have gone.
+    ``STOCHASTIC`` takes either with the probability of its nearness (in steps of ``2 ** -24``), ``STOCHASTIC_EQUAL``
+    with one half.
     """
 
     NEAREST = "nearest"
