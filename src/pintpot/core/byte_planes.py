@@ -21,7 +21,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ def decode(stored: Bytes, dtypes: dict[str, torch.dtype]) -> Tensor:
     if len(stored) < after:
         raise _damaged("its table is cut off")
     table = np.frombuffer(stored[begin:after].tobytes(), "<u4")
-    bounds = [after, *(after + np.cumsum(table, dtype=np.int64)).tolist()]
+    bounds = list(accumulate(table.tolist(), initial=after))
     if len(stored) != bounds[-1]:
         raise _damaged("it has another length than its table calls for")
     tensor = torch.empty(shape, dtype=dtypes[name])
@@ -161,11 +161,14 @@ def _encode_group(raw: Bytes, dtype: torch.dtype) -> list[bytes]:
 def _decode_group(planes: list[Bytes], raw: Bytes, dtype: torch.dtype) -> None:
     decompressor = zstandard.ZstdDecompressor()
     ways = dtype.itemsize
-    scratch = np.empty((2, min(CHUNK, len(raw) // ways)), np.uint16)
     for index, chunk in enumerate(_chunks(raw, dtype)):
-        length = len(chunk) // dtype.itemsize
+        length = len(chunk) // ways
         parts = [_plane(plane, length, decompressor) for plane in planes[index * ways : (index + 1) * ways]]
-        _join(parts, chunk, dtype, scratch[:, :length])
+        if _split_exponents(dtype):
+            _joiner(parts, chunk)
+        else:
+            for place, plane in zip(reversed(range(ways)), parts, strict=True):
+                chunk[place::ways] = plane
 
 
 def _plane(stored: Bytes, length: int, decompressor: zstandard.ZstdDecompressor) -> Bytes:
@@ -204,15 +207,17 @@ def _split(chunk: Bytes, dtype: torch.dtype) -> list[Bytes]:
     return [(top >> 7).astype(np.uint8), signs.astype(np.uint8), *lower]
 
 
-def _join(planes: list[Bytes], chunk: Bytes, dtype: torch.dtype, scratch: NDArray[Any]) -> None:
-    """Undo ``_split`` into ``chunk``; ``scratch`` is uint16 (2, numbers)."""
-    width = dtype.itemsize
-    if not _split_exponents(dtype):
-        for place, plane in zip(reversed(range(width)), planes, strict=True):
-            chunk[place::width] = plane
-        return
+def join_exponents(planes: Sequence[Bytes], chunk: Bytes) -> None:
+    """Put the planes of floats of 16 or 32 bits together again.
+
+    Args:
+        planes: as many as a number has bytes, uint8 (n,), the one with the exponents first.
+        chunk: where the numbers are written, as bytes.
+    """
+    length, width = len(planes[0]), len(planes)
     whole: NDArray[Any] = chunk.view("<u4" if width == 4 else "<u2")
-    top, signs = (whole if width == 2 else scratch[0], scratch[1])
+    signs = np.empty(length, np.uint16)
+    top = whole if width == 2 else np.empty(length, np.uint16)
     # As signed numbers the signs fill all bits above the mantissa; the mask keeps the highest.
     np.copyto(signs.view("<i2"), planes[1].view(np.int8))
     signs &= 0x807F
@@ -223,6 +228,16 @@ def _join(planes: list[Bytes], chunk: Bytes, dtype: torch.dtype, scratch: NDArra
         np.multiply(planes[2], np.uint16(256), out=top, dtype=np.uint16)
         top |= planes[3]
         whole |= top
+
+
+Joiner = Callable[[Sequence[Bytes], Bytes], None]
+_joiner: Joiner = join_exponents
+
+
+def join_by(joiner: Joiner) -> None:
+    """Have floats put together by another function that does what ``join_exponents`` does (a compiled one)."""
+    global _joiner
+    _joiner = joiner
 
 
 def _damaged(what: str) -> ModelFolderError:

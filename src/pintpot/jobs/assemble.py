@@ -43,7 +43,11 @@ from pintpot.optim._parameterize import Parameterization
 from pintpot.optim._stream import BlockStore
 from pintpot.weights import load_and_compress
 from pintpot.weights._base import WeightMethod
+from pintpot.weights.arithmetic import Arithmetic
 from pintpot.weights.kernel_choice import KernelChoice
+
+Scope = Callable[[], AbstractContextManager[Any]]
+"""What makes the context around the passes of a job."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Composition:
 
     weights: WeightMethod | None = None
     kernel: KernelChoice | None = None
+    arithmetic: Arithmetic | None = None
     keep: Keep | None = None
     store: Store | None = None
     layers: LayerSharing | None = None
@@ -109,6 +114,7 @@ class Composition:
 _PLACES: dict[tuple[str, str], str] = {
     ("weights", ""): "weights",
     ("weights", "kernel"): "kernel",
+    ("kernels", "arithmetic"): "arithmetic",
     ("cache", "keep"): "keep",
     ("cache", "store"): "store",
     ("cache", "layers"): "layers",
@@ -228,14 +234,16 @@ def dress(
             composition.kernel.apply_(model)
         cache = _cache(model, composition, workload)
         piece = None if composition.prefill is None else composition.prefill.piece_tokens
-        return Assembled(model=model.eval(), cache=cache, scope=_attention(model, composition), piece_tokens=piece)
+        scope = _together(_arithmetic(model, composition), _attention(model, composition))
+        return Assembled(model=model.eval(), cache=cache, scope=scope, piece_tokens=piece)
     trained = trained if trained is not None else _adapted(model, composition, workload)
     if composition.parameters is not None:
         composition.parameters.prepare_(trained, seed)
     optimizer = _optimizer(trained, composition, rates or Rates(), {} if store is None else {"store": store})
     if composition.parameters is not None:
         composition.parameters.follow_(trained, optimizer)
-    return Assembled(model=trained.train(), optimizer=optimizer, scope=_activations(trained, composition, workload))
+    scope = _together(_arithmetic(model, composition), _activations(trained, composition, workload))
+    return Assembled(model=trained.train(), optimizer=optimizer, scope=scope)
 
 
 def undress(model: nn.Module, composition: Composition) -> None:
@@ -292,10 +300,14 @@ def _cache(model: PreTrainedModel, composition: Composition, workload: Workload)
     )
 
 
-def _attention(model: PreTrainedModel, composition: Composition) -> Callable[[], AbstractContextManager[Any]]:
+def _attention(model: PreTrainedModel, composition: Composition) -> Scope:
     if not composition.changes_cache:
         return nullcontext
     return partial(use_cache_attention, model)
+
+
+def _arithmetic(model: PreTrainedModel, composition: Composition) -> Scope:
+    return nullcontext if composition.arithmetic is None else composition.arithmetic.scope_of(model)
 
 
 def _optimizer(model: nn.Module, composition: Composition, rates: Rates, more: Mapping[str, Any]) -> Optimizer:
@@ -309,16 +321,19 @@ def _optimizer(model: nn.Module, composition: Composition, rates: Rates, more: M
     return AdamW(trained, lr=rates.learning_rate, weight_decay=rates.weight_decay)
 
 
-def _activations(
-    model: nn.Module, composition: Composition, workload: Workload
-) -> Callable[[], AbstractContextManager[Any]]:
-    methods = [method for method in (composition.loss, composition.activations) if method is not None]
+def _activations(model: nn.Module, composition: Composition, workload: Workload) -> Scope:
+    methods = (composition.loss, composition.activations)
+    return _together(*(partial(method.scope, model, workload) for method in methods if method is not None))
+
+
+def _together(*scopes: Scope) -> Scope:
+    """A scope inside all of some scopes, the first of them outermost."""
 
     @contextmanager
     def scope() -> Iterator[None]:
         with ExitStack() as stack:
-            for method in methods:
-                stack.enter_context(method.scope(model, workload))
+            for each in scopes:
+                stack.enter_context(each())
             yield
 
-    return scope if methods else nullcontext
+    return scope

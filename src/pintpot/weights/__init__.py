@@ -38,6 +38,7 @@ TECHNIQUES: tuple[str, ...] = (
     "mixllm",
     "onebit",
     "pams",
+    "pychop",
     "q_bert",
     "qfx_fixed_point",
     "quamba",

@@ -8,6 +8,9 @@
 #include "low_rank.h"
 #include "sparse.h"
 #include "tiled.h"
+#include "hadamard.h"
+#include "planes.h"
+#include "rounding.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

@@ -131,6 +131,36 @@ struct PintpotTiledMatmul {
     int64_t value_dtype, dtype, held, rows, columns, tile_rows, tile_columns, count, threads;
 };
 
+// Numbers rounded to those of a format, as in rounding.py.
+struct PintpotRounding {
+    const void* input;  // (count,)
+    void* output;       // likewise
+    int64_t dtype, count;
+    int64_t digits, least_exponent, flushes, mode;
+    int64_t seed, stream, threads;
+    float low, high;     // the range
+    float below, above;  // what finite numbers beyond it become
+    float least, most;   // what the infinities become
+};
+
+// Blocks of numbers, each times a Hadamard matrix and `scale`, as in hadamard.py.
+struct PintpotHadamard {
+    const void* input;  // (count,), a multiple of `block`
+    void* output;       // likewise
+    int64_t dtype, count, block, threads;
+    float scale;
+};
+
+// Floats of 16 or 32 bits whose bytes lie apart, as in core/byte_planes.py.
+struct PintpotPlanes {
+    const uint8_t* exponents;  // (count,)
+    const uint8_t* signs;      // the signs with the leading seven bits of the mantissas
+    const uint8_t* upper;      // the bytes below, of 32 bits only
+    const uint8_t* lower;
+    void* output;  // (count,)
+    int64_t width, count;
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
@@ -153,7 +183,10 @@ void pintpot_use_runtime(void* parallel);
     EACH(low_rank_matmul, PintpotLowRankMatmul) \
     EACH(sparse_matmul, PintpotSparseMatmul) \
     EACH(sparse_decode, PintpotSparseDecode) \
-    EACH(tiled_matmul, PintpotTiledMatmul)
+    EACH(tiled_matmul, PintpotTiledMatmul) \
+    EACH(round_to, PintpotRounding) \
+    EACH(hadamard, PintpotHadamard) \
+    EACH(join_planes, PintpotPlanes)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)

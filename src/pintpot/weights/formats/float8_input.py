@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pintpot.kernels.rounding import FORMATS, round_to
 from pintpot.weights.formats._base import file_name
 from pintpot.weights.formats.wrapped import Wrapped, passed_through
 
@@ -38,5 +39,4 @@ def round_to_float8(input: Tensor) -> Tensor:
     """The nearest numbers of e4m3 times a scale a token, for an input (..., I), in its dtype."""
     numbers = input.float()
     scale = (numbers.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (numbers / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.float().mul_(scale).to(input.dtype)
+    return round_to(numbers / scale, FORMATS["e4m3"]).mul_(scale).to(input.dtype)

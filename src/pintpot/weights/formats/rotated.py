@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pintpot.core.errors import ShapeError
+from pintpot.kernels import native
 from pintpot.kernels.hadamard import hadamard, power_of_two
 from pintpot.weights.formats._base import Storage, Tensors, file_name
 from pintpot.weights.formats.wrapped import Wrapped
@@ -56,5 +57,6 @@ class Rotated(Wrapped):
         return self.mix(super().decode(tensors, in_features, torch.float32)).to(dtype)
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
-        """The inner format's and the mixed row, twice."""
-        return self.inner.row_bytes(in_features, torch.float32) + 8 * in_features
+        """The inner format's and the mixed row, which plain torch makes in halves that it puts together."""
+        mixed = 4 if native.library() is not None else 12
+        return self.inner.row_bytes(in_features, torch.float32) + mixed * in_features
