@@ -3,6 +3,9 @@
 Run with ``python -m benchmarks.kernels`` (some minutes on a quiet machine; ``--quick`` tries everything at small sizes
 and writes nothing). Before each part the rate of reading memory is measured in the same process, with the same threads.
 
+Weights that are looked up (``tables``): codebooks, as they are and transposed, signs with magnitudes of low rank, and
+ternary numbers, whose codes are drawn and not fitted; the rest is as for products.
+
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
 as in decoding a model. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
@@ -16,6 +19,7 @@ installed: ``pip install --no-deps bitsandbytes``, and ``pip install --no-deps -
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -35,12 +39,14 @@ from torch.nn import functional
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.formats import Grid
+from pintpot.weights.formats import Codebook, Format, Grid, SignRank, Ternary, Transposed
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 WIDTHS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
 INPUT_ROWS = (1, 8, 64)
+BOOKS = ((8, 8, 0), (8, 12, 0), (8, 16, 0), (4, 8, 0), (6, 12, 12), (1, 3, 0), (1, 8, 0))
+"""Vector length, bits of an index, bits of the residual's."""
 DTYPES = (torch.float32, torch.bfloat16)
 CACHE_BYTES = 64 << 20
 """More than the last cache of the processors that this is run on, or of the share of it that one process gets."""
@@ -155,6 +161,54 @@ def products(
         yield from _rows(product_ways(weight, x, bits, group), BASE_PRODUCT, about, rate, most_seconds)
 
 
+def table_formats(out_features: int) -> Iterator[tuple[str, Format]]:
+    """Formats whose numbers are looked up, and what they are called in the rows."""
+    for vector, bits, residual in BOOKS:
+        book = Codebook(vector_length=vector, index_bits=bits, residual_bits=residual)
+        name = f"codebook, {bits}{f'+{residual}' if residual else ''} bits, vectors of {vector}"
+        yield name, book
+        yield f"{name}, transposed", Transposed(inner=book, out_features_held=out_features)
+    for rank in (1, 16):
+        yield f"signs, rank {rank}", SignRank(rank=rank)
+    for per_byte in (5, 4):
+        yield f"ternary, {per_byte} in a byte", Ternary(per_byte=per_byte)
+
+
+def drawn(layout: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Stored tensors of a format with random bytes and normal numbers."""
+    generator = torch.Generator().manual_seed(SEED)
+    stored = {}
+    for name, (size, dtype) in layout.storage(*shape).items():
+        if dtype == torch.uint8:
+            stored[name] = torch.randint(0, 243, size, dtype=dtype, generator=generator)
+        else:
+            stored[name] = torch.randn(size, generator=generator).to(dtype)
+    return stored
+
+
+def table_product(layout: Format, shape: tuple[int, int], x: Tensor) -> tuple[Run, int]:
+    """Ours, over copies of a weight in turn, and the bytes of one."""
+    stored, size = drawn(layout, shape), layout.nbytes(*shape)
+    copies = [{name: t.clone() for name, t in stored.items()} for _ in range(CACHE_BYTES // size + 2)]
+    turns = itertools.cycle(copies)
+    return lambda: layout.matmul(x, next(turns)), size
+
+
+def tables(shapes: tuple[tuple[int, int], ...], most_seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of products with weights that are looked up."""
+    rate = read_rate(most_seconds)
+    for shape, dtype, count in itertools.product(shapes, DTYPES, INPUT_ROWS):
+        generator = torch.Generator().manual_seed(SEED)
+        weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        x = torch.randn(count, shape[1], generator=generator).to(dtype)
+        about = {"model": f"linear {shape[0]}x{shape[1]}", "data": f"{count} rows, {_name(dtype)}"}
+        for config, layout in table_formats(shape[0]):
+            ours = functools.partial(table_product, layout, shape, x)
+            base = functools.partial(dense_product, weight, x)
+            ways = {BASE_PRODUCT: base, "pintpot": ours, "pintpot, plain torch": ours}
+            yield from _rows(ways, BASE_PRODUCT, {**about, "config": config}, rate, most_seconds)
+
+
 def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, dtype: torch.dtype) -> Run:
     """One step of an optimizer on one parameter."""
     generator = torch.Generator().manual_seed(SEED)
@@ -234,12 +288,13 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "steps"))
+    parser.add_argument("--only", choices=("products", "tables", "steps"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
     parts = {
         "products": lambda: products(shapes, widths, seconds),
+        "tables": lambda: tables(shapes[:1], seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
     }
     for name, part in parts.items():
