@@ -157,11 +157,15 @@ def test_results_do_not_depend_on_threads_rows_or_the_number_of_inputs(compiled)
 def test_what_is_not_a_number_stays_where_it_is(isa):
     """An infinity in one column, row or entry reaches what is multiplied with it, and nothing else."""
     for name, stored, dense in each_case(columns=(203,)):
-        x = torch.ones(2, 203)
-        for odd in (torch.inf, torch.nan):
+        for odd in (torch.inf, -torch.inf, torch.nan, 1e36):
+            x = torch.ones(2, 203)
             x[1, 11] = odd
             found = getattr(torch.ops.pintpot, f"{name}_matmul")(x, *stored)
             torch.testing.assert_close(found, x @ dense.t(), rtol=1e-4, atol=1e-4, equal_nan=True)
+        x = torch.full((2, 203), 1e-36)
+        found = getattr(torch.ops.pintpot, f"{name}_matmul")(x, *stored)
+        torch.testing.assert_close(found, x @ dense.t(), rtol=1e-3, atol=1e-40)
+        assert not getattr(torch.ops.pintpot, f"{name}_matmul")(torch.zeros(1, 203), *stored).any()
     stored = books_of(6, 203, 6, 5, 0)
     stored[0].entries[3] = torch.inf
     dense = codebook_decode_definition(stored, 203, torch.float32)

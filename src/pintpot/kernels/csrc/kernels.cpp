@@ -3,6 +3,7 @@
 #include "adam.h"
 #include "dispatch.h"
 #include "grid.h"
+#include "signs.h"
 #include "tables.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);

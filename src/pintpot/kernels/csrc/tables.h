@@ -1,4 +1,4 @@
-// Sources of weights that are looked up (see tiles.h): codebooks, signs with magnitudes of low rank, ternary numbers.
+// Sources of weights that are looked up (see tiles.h): codebooks and ternary numbers.
 #pragma once
 
 #include "tiles.h"
@@ -21,13 +21,14 @@ struct Book {
         bits = from.bits;
         stride = vector < 3 ? vector : (vector < 5 ? 4 : rounded_up(vector, 8));
         const int64_t count = int64_t{1} << bits;
-        Buffer<float> plain(count * vector);
-        if (!plain.get() || !entries.reserve(count * stride)) return false;
-        floats_of(dtype, from.entries, count * vector, rounded, plain.get());
+        if (!entries.reserve(count * stride)) return false;
         std::memset(entries.get(), 0, sizeof(float) * static_cast<size_t>(count * stride));
-        for (int64_t i = 0; i < count; ++i) {
-            std::memcpy(entries.get() + i * stride, plain.get() + i * vector, sizeof(float) * vector);
-        }
+        with_type(dtype, from.entries, [&](const auto* all) {
+            for (int64_t i = 0; i < count; ++i) {
+                for (int64_t k = 0; k < vector; ++k) entries.get()[i * stride + k] = number(all[i * vector + k]);
+            }
+        });
+        round_floats(entries.get(), count * stride, rounded);
         return true;
     }
 
@@ -190,79 +191,7 @@ class CodebookSource {
     Book main_, residual_;
 };
 
-    inline Words words_of_bytes(const uint8_t* from) {
-#if defined(PINTPOT_AVX512)
-        return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(PINTPOT_AVX2)
-        return reinterpret_cast<Words>(
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-        return __builtin_convertvector(load<Bytes>(from), Words);
-#endif
-    }
-
-class SignRankSource {
-   public:
-    explicit SignRankSource(const PintpotSignRank& from) : from_(from) {}
-
-    bool prepare() {
-        if (!right_.reserve(from_.rank * from_.columns)) return false;
-        floats_of(from_.dtype, from_.right, from_.rank * from_.columns, kFloat32, right_.get());
-        return true;
-    }
-
-    int64_t rows() const { return from_.rows; }
-    int64_t columns() const { return from_.columns; }
-    int64_t step() const { return 1; }
-
-    struct Scratch {
-        Buffer<uint8_t> codes;
-        Buffer<float> left;
-
-        Scratch(const SignRankSource& source, int64_t columns)
-            : codes(kTileRows * rounded_up(columns, kLanes)), left(kTileRows * source.from_.rank) {}
-        bool whole() const { return codes.get() && left.get(); }
-    };
-
-    template <int Rows>
-    void read(Scratch& scratch, int64_t row, int64_t begin, int64_t end, float* to, int64_t stride) const {
-        const int64_t rank = from_.rank, columns = from_.columns, width = end - begin;
-        float* left = scratch.left.get();
-        uint8_t* codes = scratch.codes.get();
-        with_type(from_.dtype, from_.left, [&](const auto* all) {
-            for (int64_t k = 0; k < Rows * rank; ++k) left[k] = number(all[row * rank + k]);
-        });
-        unpack_part(from_.signs + row * packed_bytes(columns, 1), 1, columns, begin, end, codes, Rows);
-        const float* right = right_.get() + begin;
-        int64_t i = 0;
-        for (; i + kLanes <= width; i += kLanes) {
-            Floats sizes[Rows];
-            for (int r = 0; r < Rows; ++r) sizes[r] = left[r * rank] * load<Floats>(right + i);
-            for (int64_t k = 1; k < rank; ++k) {
-                const Floats factor = load<Floats>(right + k * columns + i);
-                for (int r = 0; r < Rows; ++r) sizes[r] = fused(all(left[r * rank + k]), factor, sizes[r]);
-            }
-            for (int r = 0; r < Rows; ++r) {
-                // One less than the code of a negative number has all bits set.
-                const Words flip = (words_of_bytes(codes + r * width + i) - 1u) & 0x80000000u;
-                store(to + r * stride + i, reinterpret_cast<Floats>(reinterpret_cast<Words>(sizes[r]) ^ flip));
-            }
-        }
-        for (; i < width; ++i) {
-            for (int r = 0; r < Rows; ++r) {
-                float size = left[r * rank] * right[i];
-                for (int64_t k = 1; k < rank; ++k) size += left[r * rank + k] * right[k * columns + i];
-                to[r * stride + i] = codes[r * width + i] ? size : -size;
-            }
-        }
-    }
-
-   private:
-    const PintpotSignRank& from_;
-    Buffer<float> right_;
-};
-
-class TernarySource {
+    class TernarySource {
    public:
     // Scales are rounded to the dtype `rounded`, as those of the definition are.
     TernarySource(const PintpotTernary& from, int64_t rounded)
@@ -300,8 +229,9 @@ class TernarySource {
         take_apart(packed, (end + from_.per_byte - 1) / from_.per_byte - first_byte, codes);
         const int64_t first = begin / group, last = (end - 1) / group;
         with_type(from_.dtype, from_.scale, [&](const auto* scale) {
-            floats_of(from_.dtype, scale + row * groups_ + first, last + 1 - first, rounded_, scratch.scale.get());
+            for (int64_t g = first; g <= last; ++g) scratch.scale.get()[g - first] = number(scale[row * groups_ + g]);
         });
+        round_floats(scratch.scale.get(), last + 1 - first, rounded_);
         for (int64_t g = first, i = begin; g <= last; ++g) {
             const float scale = scratch.scale.get()[g - first];
             const int64_t stop = (g + 1) * group < end ? (g + 1) * group : end;
@@ -347,16 +277,6 @@ int codebook_matmul_transposed(const PintpotCodebookCall& call) {
 int codebook_decode(const PintpotCodebookCall& call) {
     CodebookSource source(call.weight);
     return source.prepare(call.weight, call.operand.dtype) ? decode_source(source, call.operand) : 1;
-}
-
-int sign_rank_matmul(const PintpotSignRankCall& call) {
-    SignRankSource source(call.weight);
-    return source.prepare() ? multiply_source(source, call.operand) : 1;
-}
-
-int sign_rank_decode(const PintpotSignRankCall& call) {
-    SignRankSource source(call.weight);
-    return source.prepare() ? decode_source(source, call.operand) : 1;
 }
 
 int ternary_matmul(const PintpotTernaryCall& call) {

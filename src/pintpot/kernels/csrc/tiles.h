@@ -253,21 +253,18 @@ int decode_source(const Source& source, const PintpotOperand& operand) {
     });
 }
 
-// Stored numbers as floats; rounded to the dtype `rounded` first.
-inline void floats_of(int64_t dtype, const void* stored, int64_t count, int64_t rounded, float* to) {
-    with_type(dtype, stored, [&](const auto* from) {
-        for (int64_t i = 0; i < count; ++i) to[i] = number(from[i]);
-    });
-    if (rounded == dtype || rounded == kFloat32) return;
+// Floats as a dtype holds them.
+inline void round_floats(float* numbers, int64_t count, int64_t dtype) {
+    if (dtype == kFloat32) return;
     for (int64_t i = 0; i < count; ++i) {
-        if (rounded == kBFloat16) {
-            BFloat16 value;
-            put(&value, to[i]);
-            to[i] = number(value);
+        if (dtype == kBFloat16) {
+            BFloat16 rounded;
+            put(&rounded, numbers[i]);
+            numbers[i] = number(rounded);
         } else {
-            Float16 value;
-            put(&value, to[i]);
-            to[i] = number(value);
+            Float16 rounded;
+            put(&rounded, numbers[i]);
+            numbers[i] = number(rounded);
         }
     }
 }
