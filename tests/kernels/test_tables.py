@@ -199,6 +199,7 @@ class TestFormat:
             torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], dense.sum(0).expand_as(x))
 
     def test_few_rows_make_no_temporaries_and_the_rehearsal_knows(self, layout, compiled):
+        assert layout.multiplies_packed()
         stored = layout.encode(noise(24, 64))
         x = noise(2, 64)
         with LiveBytes(x, *stored.values()) as tracked:

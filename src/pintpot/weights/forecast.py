@@ -13,7 +13,6 @@ from pintpot.core.workload import Generate, Train, Workload
 from pintpot.kernels import native
 from pintpot.kernels.grid import FEW_ROWS
 from pintpot.weights._base import Layout, WeightMethod
-from pintpot.weights.formats import Grid
 from pintpot.weights.formats.grid import ENCODE_ELEMENTS
 from pintpot.weights.targets import Target, find_targets
 
@@ -167,15 +166,15 @@ def _encode_temporaries(dtype: torch.dtype) -> int:
 
 
 def multiplies_packed(layout: Layout, rows: int) -> bool:
-    """Whether products with so many rows of input are made by the compiled kernel, without workspace."""
-    grids = all(isinstance(f, Grid) for formats in set(layout.values()) for f in formats)
-    return grids and rows <= FEW_ROWS and native.library() is not None
+    """Whether products with so many rows of input are made by compiled kernels, without workspace."""
+    served = all(f.multiplies_packed() for formats in set(layout.values()) for f in formats)
+    return served and rows <= FEW_ROWS and native.library() is not None
 
 
 def extra_reads(shape: ModelShape, method: WeightMethod, rows: int) -> int:
     """Bytes moved more than with dense weights (or, if negative, less) in one pass over all matrices.
 
-    The compiled product reads what is packed, and makes a byte of each number for a moment. The compiled
+    The compiled products read what is packed, and make up to a byte of each number for a moment. The compiled
     dequantisation reads what is packed and writes the dense numbers, which the product then reads as it would have
     read the weight. Without it each number is unpacked (a byte written and read), converted, shifted and scaled (each
     written, and read again) first.

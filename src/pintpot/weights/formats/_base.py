@@ -67,6 +67,14 @@ class Format(ABC):
         """
         return multiply_by_strips(self, input, tensors)
 
+    def multiplies_packed(self) -> bool:
+        """Whether a compiled kernel multiplies few rows of input by what is stored, without workspace."""
+        return False
+
+    def multiplies_packed_transposed(self) -> bool:
+        """Whether one multiplies them by the weight itself, not its transpose, likewise."""
+        return False
+
     def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The product of few rows of input (rows, I) by a kernel that makes no row of the weight dense.
 

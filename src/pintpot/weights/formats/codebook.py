@@ -131,6 +131,14 @@ class Codebook(Format):
             for name, _ in zip(BOOKS, self.stages, strict=False)
         ]
 
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
+    def multiplies_packed_transposed(self) -> bool:
+        """It does."""
+        return True
+
     def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """By looking up a small tile of the weight at a time."""
         return codebook_matmul(flat, self.books(tensors)) if few_rows(flat, *tensors.values()) else None

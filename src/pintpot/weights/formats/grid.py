@@ -145,6 +145,10 @@ class Grid(Grouped):
             group_size=self.group(input.shape[-1]),
         )
 
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries that ``matmul`` needs beside its output."""
         return workspace_bytes(out_features, in_features, self.group(in_features), dtype)

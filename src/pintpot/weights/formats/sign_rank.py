@@ -77,6 +77,10 @@ class SignRank(Format):
         """The signed product of the factors, computed in float32."""
         return sign_rank_decode(tensors["signs"], tensors["left"], tensors["right"], dtype)
 
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
     def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """With signs and magnitudes put together a small tile at a time."""
         stored = tensors["signs"], tensors["left"], tensors["right"]

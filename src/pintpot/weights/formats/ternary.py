@@ -102,6 +102,10 @@ class Ternary(Format):
         sizes = {"per_byte": self.per_byte, "group_size": self.group(in_features), "columns": in_features}
         return ternary_decode(tensors["packed"], tensors["scale"], **sizes, dtype=dtype)
 
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
     def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """With a small tile of the numbers at a time."""
         stored = tensors["packed"], tensors["scale"]

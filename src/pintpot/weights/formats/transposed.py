@@ -43,6 +43,10 @@ class Transposed(Format):
         """O."""
         return self.out_features_held
 
+    def multiplies_packed(self) -> bool:
+        """Where the inner format is multiplied as it is."""
+        return self.inner.multiplies_packed_transposed()
+
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """A strip of input channels."""
         return self.inner.workspace(in_features, out_features, dtype)
