@@ -8,7 +8,9 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
 as in decoding a model. Look-ups: the same products of 1 to 4 bits and few rows by t-mac's kernel, with the error of its
-8-bit tables. Factors: weights of two factors and sparse ones, likewise. Optimizer steps: one parameter, float32 or
+8-bit tables. Tables: codebooks, as they are and
+transposed, signs with magnitudes of low rank, and ternary numbers, whose codes are drawn and not fitted. Factors:
+weights of two factors and sparse ones, likewise. Optimizer steps: one parameter, float32 or
 bfloat16, with normal noise for gradients. Times are medians. ``plain torch`` is the same call without the library.
 Attention: one token's queries of a layer with 32 query heads of 128 numbers, to caches of bfloat16 numbers that are
 stored packed; the baseline is torch's fused attention to the same numbers dense.
@@ -51,12 +53,26 @@ from pintpot.cache.tokens import Tokens
 from pintpot.kernels import native
 from pintpot.ledger.tracker import Tracker
 from pintpot.optim import AdamW
-from pintpot.weights.formats import BitPlanes, Dense, Format, Grid, LowRank, Sparse, Tiled
+from pintpot.weights.formats import (
+    BitPlanes,
+    Codebook,
+    Dense,
+    Format,
+    Grid,
+    LowRank,
+    SignRank,
+    Sparse,
+    Ternary,
+    Tiled,
+    Transposed,
+)
 
 ELSEWHERE = Path(__file__).parent.parent / "out" / "peers"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 WIDTHS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
 INPUT_ROWS = (1, 8, 64)
+BOOKS = ((8, 8, 0), (8, 12, 0), (8, 16, 0), (4, 8, 0), (6, 12, 12), (1, 3, 0), (1, 8, 0))
+"""Vector length, bits of an index, bits of the residual's."""
 DTYPES = (torch.float32, torch.bfloat16)
 CACHE_BYTES = 64 << 20
 """More than the last cache of the processors that this is run on, or of the share of it that one process gets."""
@@ -273,6 +289,54 @@ class _RandomFactors(LowRank):
         return self.encode_factors(weight[:, : self.rank], weight[: self.rank])
 
 
+def table_formats(out_features: int) -> Iterator[tuple[str, Format]]:
+    """Formats whose numbers are looked up, and what they are called in the rows."""
+    for vector, bits, residual in BOOKS:
+        book = Codebook(vector_length=vector, index_bits=bits, residual_bits=residual)
+        name = f"codebook, {bits}{f'+{residual}' if residual else ''} bits, vectors of {vector}"
+        yield name, book
+        yield f"{name}, transposed", Transposed(inner=book, out_features_held=out_features)
+    for rank in (1, 16):
+        yield f"signs, rank {rank}", SignRank(rank=rank)
+    for per_byte in (5, 4):
+        yield f"ternary, {per_byte} in a byte", Ternary(per_byte=per_byte)
+
+
+def drawn(layout: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Stored tensors of a format with random bytes and normal numbers."""
+    generator = torch.Generator().manual_seed(SEED)
+    stored = {}
+    for name, (size, dtype) in layout.storage(*shape).items():
+        if dtype == torch.uint8:
+            stored[name] = torch.randint(0, 243, size, dtype=dtype, generator=generator)
+        else:
+            stored[name] = torch.randn(size, generator=generator).to(dtype)
+    return stored
+
+
+def table_product(layout: Format, shape: tuple[int, int], x: Tensor) -> tuple[Run, int]:
+    """Ours, over copies of a weight in turn, and the bytes of one."""
+    stored, size = drawn(layout, shape), layout.nbytes(*shape)
+    copies = [{name: t.clone() for name, t in stored.items()} for _ in range(CACHE_BYTES // size + 2)]
+    turns = itertools.cycle(copies)
+    return lambda: layout.matmul(x, next(turns)), size
+
+
+def tables(shapes: tuple[tuple[int, int], ...], most_seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of products with weights that are looked up."""
+    rate = read_rate(most_seconds)
+    for shape, dtype, count in itertools.product(shapes, DTYPES, INPUT_ROWS):
+        generator = torch.Generator().manual_seed(SEED)
+        weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        x = torch.randn(count, shape[1], generator=generator).to(dtype)
+        about = {"model": f"linear {shape[0]}x{shape[1]}", "data": f"{count} rows, {_name(dtype)}"}
+        for config, layout in table_formats(shape[0]):
+            ours = functools.partial(table_product, layout, shape, x)
+            base = functools.partial(dense_product, weight, x)
+            ways = {BASE_PRODUCT: base, "pintpot": ours, "pintpot, plain torch": ours}
+            yield from _rows(ways, BASE_PRODUCT, {**about, "config": config}, rate, most_seconds)
+
+
 def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, dtype: torch.dtype) -> Run:
     """One step of an optimizer on one parameter."""
     generator = torch.Generator().manual_seed(SEED)
@@ -392,7 +456,7 @@ def _torchao() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--only", choices=("products", "lookups", "factors", "steps", "attention"))
+    parser.add_argument("--only", choices=("products", "lookups", "tables", "factors", "steps", "attention"))
     options = parser.parse_args()
     seconds = 0.01 if options.quick else 0.5
     shapes, widths = (((512, 1024),), WIDTHS[3:4]) if options.quick else (SHAPES, WIDTHS)
@@ -400,6 +464,7 @@ def main() -> None:
         "products": lambda: products(shapes, widths, seconds),
         "lookups": lambda: lookups(shapes, LOOKUP_WIDTHS, seconds),
         "factors": lambda: factors(512 if options.quick else 4096, seconds),
+        "tables": lambda: tables(shapes[:1], seconds),
         "steps": lambda: steps(1 << 18 if options.quick else NUMEL, seconds),
         "attention": lambda: attentions((512,) if options.quick else (4096, 16384), seconds),
     }

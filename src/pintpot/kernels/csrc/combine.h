@@ -16,16 +16,6 @@ namespace {
 constexpr int kMostPlanes = 8;
 constexpr int kMostInputs = 4;
 
-inline Words words_of_bytes(const uint8_t* from) {
-#if defined(PINTPOT_AVX512)
-    return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(PINTPOT_AVX2)
-    return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    return __builtin_convertvector(load<Bytes>(from), Words);
-#endif
-}
-
 inline Floats floats_of_words(Words x) {
 #if defined(PINTPOT_AVX512)
     return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x));

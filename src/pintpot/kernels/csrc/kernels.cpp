@@ -11,6 +11,8 @@
 #include "hadamard.h"
 #include "planes.h"
 #include "rounding.h"
+#include "signs.h"
+#include "tables.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

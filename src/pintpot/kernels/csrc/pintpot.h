@@ -161,6 +161,56 @@ struct PintpotPlanes {
     int64_t width, count;
 };
 
+// What a weight is multiplied with, or where its numbers go.
+struct PintpotOperand {
+    const void* input;  // (count, columns), transposed (count, rows); null for the numbers themselves
+    void* output;       // (count, rows), transposed (count, columns); (rows, columns) for the numbers
+    int64_t dtype, count, threads;
+};
+
+// Indices into a codebook, as in tables.py: packed, the bits above the eighth apart.
+struct PintpotBook {
+    const uint8_t* index;  // (rows, packed_size(ceil(columns / vector), min(bits, 8)))
+    const uint8_t* high;   // (rows, packed_size(ceil(columns / vector), bits - 8)), or null
+    const void* entries;   // (1 << bits, vector)
+    int64_t bits;
+};
+
+struct PintpotCodebook {
+    PintpotBook main, residual;  // the second with a null index where there is none
+    int64_t dtype, rows, columns, vector;
+};
+
+struct PintpotCodebookCall {
+    PintpotCodebook weight;
+    PintpotOperand operand;
+};
+
+// Signs times the product of two factors.
+struct PintpotSignRank {
+    const uint8_t* signs;  // (rows, packed_size(columns, 1))
+    const void* left;      // (rows, rank)
+    const void* right;     // (rank, columns), of the same dtype
+    int64_t dtype, rows, columns, rank;
+};
+
+struct PintpotSignRankCall {
+    PintpotSignRank weight;
+    PintpotOperand operand;
+};
+
+// Ternary numbers: digits of base 3, five in a byte, or of base 4, four in a byte.
+struct PintpotTernary {
+    const uint8_t* packed;  // (rows, ceil(columns / per_byte))
+    const void* scale;      // (rows, ceil(columns / group))
+    int64_t dtype, rows, columns, group, per_byte;
+};
+
+struct PintpotTernaryCall {
+    PintpotTernary weight;
+    PintpotOperand operand;
+};
+
 // The name of the instruction set in use.
 const char* pintpot_path();
 
@@ -186,7 +236,14 @@ void pintpot_use_runtime(void* parallel);
     EACH(tiled_matmul, PintpotTiledMatmul) \
     EACH(round_to, PintpotRounding) \
     EACH(hadamard, PintpotHadamard) \
-    EACH(join_planes, PintpotPlanes)
+    EACH(join_planes, PintpotPlanes) \
+    EACH(codebook_decode, PintpotCodebookCall) \
+    EACH(codebook_matmul, PintpotCodebookCall) \
+    EACH(codebook_matmul_transposed, PintpotCodebookCall) \
+    EACH(sign_rank_decode, PintpotSignRankCall) \
+    EACH(sign_rank_matmul, PintpotSignRankCall) \
+    EACH(ternary_decode, PintpotTernaryCall) \
+    EACH(ternary_matmul, PintpotTernaryCall)
 
 #define PINTPOT_DECLARE(name, arguments) int pintpot_##name(const arguments* call);
 PINTPOT_OPERATIONS(PINTPOT_DECLARE)

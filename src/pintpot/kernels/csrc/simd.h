@@ -114,6 +114,17 @@ inline Floats floats_of_bytes(const uint8_t* from) {
 #endif
 }
 
+inline Words words_of_bytes(const uint8_t* from) {
+#if defined(PINTPOT_AVX512)
+        return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(PINTPOT_AVX2)
+        return reinterpret_cast<Words>(
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+        return __builtin_convertvector(load<Bytes>(from), Words);
+#endif
+    }
+
 // Stored numbers. The dtypes are numbered as in native.py.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

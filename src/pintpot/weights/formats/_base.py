@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ModelFolderError, ShapeError
+from pintpot.kernels import native
 
 Tensors = dict[str, Tensor]
 """The stored tensors of one term, by their names in the format."""
@@ -61,13 +62,30 @@ class Format(ABC):
     def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """``input`` (..., I) times the transposed weight: (..., O), differentiable in ``input``.
 
-        Unless a format knows better, strips of rows are decoded one after the other, and again for the backward pass.
+        Unless a format knows better, strips of rows are decoded one after the other, and again for the backward pass;
+        few rows of input are multiplied by ``multiply_few`` where it can.
         """
         return multiply_by_strips(self, input, tensors)
 
     def multiplies_packed(self) -> bool:
         """Whether a compiled kernel multiplies few rows of input by what is stored, without workspace."""
         return False
+
+    def multiplies_packed_transposed(self) -> bool:
+        """Whether one multiplies them by the weight itself, not its transpose, likewise."""
+        return False
+
+    def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The product of few rows of input (rows, I) by a kernel that makes no row of the weight dense.
+
+        Returns:
+            (rows, O); None where there is no such kernel for these tensors, and strips are decoded.
+        """
+        return None
+
+    def multiply_few_transposed(self, flat: Tensor, tensors: Mapping[str, Tensor], in_features: int) -> Tensor | None:
+        """Few rows of input (rows, O) times the weight itself, (rows, I), likewise; see ``multiply_few``."""
+        return None
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The stored tensors of some of the rows; unless overridden each tensor's first dimension is O."""
@@ -86,7 +104,7 @@ class Format(ABC):
         return in_features * (1 + dtype.itemsize)
 
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Bytes of temporaries that ``matmul`` needs beside its output."""
+        """Bytes of temporaries that ``matmul`` needs beside its output for many rows of input; few never need more."""
         row = self.row_bytes(in_features, dtype)
         return min(out_features, rows_at_once(row, self.rows_together())) * row
 
@@ -163,6 +181,11 @@ def rows_at_once(row_bytes: int, together: int = 1) -> int:
     return max(1, STRIP_BYTES // max(1, row_bytes) // together) * together
 
 
+def decodes_in_place(dtype: torch.dtype) -> bool:
+    """Whether compiled kernels decode into numbers of this dtype, with no temporaries but these."""
+    return dtype in native.DTYPES and native.library() is not None
+
+
 def strips(layout: Format, out_features: int, in_features: int, operand: Tensor) -> Iterator[slice]:
     """Rows that are dense together. For an operand without values the first strip stands for all: they cost alike."""
     step = rows_at_once(layout.row_bytes(in_features, operand.dtype), layout.rows_together())
@@ -191,6 +214,9 @@ class _ByStrips(torch.autograd.Function):
 
 
 def _product(flat: Tensor, layout: Format, tensors: Mapping[str, Tensor]) -> Tensor:
+    few = layout.multiply_few(flat, tensors)
+    if few is not None:
+        return few
     in_features, out_features = flat.shape[-1], layout.out_features(tensors)
     out = flat.new_empty((flat.shape[0], out_features))
     for rows in strips(layout, out_features, in_features, flat):

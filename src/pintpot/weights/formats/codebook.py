@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
-from pintpot.kernels import pack, packed_size, unpack
+from pintpot.kernels import pack, packed_size
+from pintpot.kernels.tables import Book, codebook_decode, codebook_matmul, codebook_matmul_transposed, few_rows
 from pintpot.weights.clustering import cluster, nearest
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
+from pintpot.weights.formats._base import Format, Storage, Tensors, decodes_in_place, file_name
 from pintpot.weights.formats.grid import SCALE_DTYPES
 
 BOOKS = ("", "residual_")
@@ -121,15 +122,32 @@ class Codebook(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The entries that the indices name, and those of the residual added."""
-        dense: Tensor | None = None
-        for name, bits in zip(BOOKS, self.stages, strict=False):
-            index = unpack(tensors[f"{name}index"], min(bits, 8), self.count(in_features)).to(torch.int32)
-            if bits > 8:
-                index += unpack(tensors[f"{name}high"], bits - 8, self.count(in_features)).to(torch.int32) << 8
-            part = functional.embedding(index, tensors[f"{name}entries"].to(dtype))
-            dense = part if dense is None else dense.add_(part)
-        assert dense is not None
-        return dense.flatten(1)[:, :in_features]
+        return codebook_decode(self.books(tensors), in_features, dtype)
+
+    def books(self, tensors: Mapping[str, Tensor]) -> list[Book]:
+        """The codebooks with their indices, as the kernels take them."""
+        return [
+            Book(tensors[f"{name}index"], tensors.get(f"{name}high"), tensors[f"{name}entries"])
+            for name, _ in zip(BOOKS, self.stages, strict=False)
+        ]
+
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
+    def multiplies_packed_transposed(self) -> bool:
+        """It does."""
+        return True
+
+    def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """By looking up a small tile of the weight at a time."""
+        return codebook_matmul(flat, self.books(tensors)) if few_rows(flat, *tensors.values()) else None
+
+    def multiply_few_transposed(self, flat: Tensor, tensors: Mapping[str, Tensor], in_features: int) -> Tensor | None:
+        """Likewise."""
+        if not few_rows(flat, *tensors.values()):
+            return None
+        return codebook_matmul_transposed(flat, self.books(tensors), in_features)
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The indices of the rows, and all entries."""
@@ -140,7 +158,12 @@ class Codebook(Format):
         return int(tensors["index"].shape[0])
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
-        """The numbers (twice with a residual), and for each vector its index; wide ones take shape in three pieces."""
+        """The numbers alone where they are decoded by a compiled kernel.
+
+        Otherwise these (twice with a residual), and for each vector its index; wide ones take shape in three pieces.
+        """
+        if decodes_in_place(dtype):
+            return in_features * dtype.itemsize
         count, wide = self.count(in_features), max(self.stages) > 8
         numbers = count * self.vector_length * dtype.itemsize
         taking_shape = count * (13 if wide else 5)
@@ -149,7 +172,9 @@ class Codebook(Format):
         return numbers + max(numbers + 4 * count, taking_shape)
 
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """A strip of rows, and the codebooks in ``dtype`` where they are stored in another."""
+        """A strip of rows, and the codebooks in ``dtype`` where plain torch makes them another than the stored one."""
+        if decodes_in_place(dtype):
+            return super().workspace(out_features, in_features, dtype)
         entries = SCALE_DTYPES[self.entry_dtype]
         cast = 0 if dtype is entries else 2 ** max(self.stages) * self.vector_length * dtype.itemsize
         return super().workspace(out_features, in_features, dtype) + cast

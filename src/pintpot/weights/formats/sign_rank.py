@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from pintpot.core.errors import ShapeError
-from pintpot.kernels import pack, packed_size, unpack
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
+from pintpot.kernels import pack, packed_size
+from pintpot.kernels.tables import few_rows, sign_rank_decode, sign_rank_matmul
+from pintpot.weights.formats._base import Format, Storage, Tensors, decodes_in_place, file_name
 from pintpot.weights.formats.grid import SCALE_DTYPES
 
 EXACT_SIDE = 512
@@ -74,9 +75,16 @@ class SignRank(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The signed product of the factors, computed in float32."""
-        magnitudes = tensors["left"].float() @ tensors["right"].float()
-        signs = unpack(tensors["signs"], 1, in_features).view(torch.int8).mul_(2).sub_(1)
-        return magnitudes.mul_(signs).to(dtype)
+        return sign_rank_decode(tensors["signs"], tensors["left"], tensors["right"], dtype)
+
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
+    def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """With signs and magnitudes put together a small tile at a time."""
+        stored = tensors["signs"], tensors["left"], tensors["right"]
+        return sign_rank_matmul(flat, *stored) if few_rows(flat, *stored) else None
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
         """The signs and the left factor of the rows, and the right factor."""
@@ -87,7 +95,12 @@ class SignRank(Format):
         return int(tensors["signs"].shape[0])
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
-        """A byte of each sign, its float32 form and the magnitude, and the number where it is not float32."""
+        """The numbers alone where they are decoded by a compiled kernel.
+
+        Otherwise a byte of each sign, its float32 form and the magnitude, and the number where it is not float32.
+        """
+        if decodes_in_place(dtype):
+            return in_features * dtype.itemsize
         return in_features * (9 + (0 if dtype is torch.float32 else dtype.itemsize))
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
+from pintpot.kernels.tables import BASES, few_rows, ternary_decode, ternary_matmul
+from pintpot.weights.formats._base import Format, Storage, Tensors, decodes_in_place, file_name
 from pintpot.weights.formats.grid import SCALE_DTYPES
-
-BASES = {5: 3, 4: 4}
-"""By the numbers in a byte: the base in which the byte is their value."""
 
 
 @file_name("ternary")
@@ -99,22 +97,28 @@ class Ternary(Format):
         packed = (digits.unflatten(-1, (-1, self.per_byte)) * weights).sum(-1)
         return {"packed": packed.to(torch.uint8), "scale": scale.to(SCALE_DTYPES[self.scale_dtype])}
 
-    def values(self, packed: Tensor, in_features: int) -> Tensor:
-        """The values -1, 0 and 1 of packed bytes, int8 (O, I)."""
-        base = BASES[self.per_byte]
-        digits = torch.stack([packed // base**i % base for i in range(self.per_byte)], -1).flatten(-2)
-        return digits[..., :in_features].view(torch.int8).sub_(1)
-
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The numbers (O, I) that stored tensors stand for, in ``dtype``."""
-        values = self.values(tensors["packed"], in_features).to(dtype)
-        size = self.group(in_features)
-        if in_features % size == 0:
-            values.unflatten(-1, (-1, size)).mul_(tensors["scale"].to(dtype)[..., None])
-            return values
-        return values.mul_(self.by_column(tensors["scale"].to(dtype), in_features))
+        sizes = {"per_byte": self.per_byte, "group_size": self.group(in_features), "columns": in_features}
+        return ternary_decode(tensors["packed"], tensors["scale"], **sizes, dtype=dtype)
+
+    def multiplies_packed(self) -> bool:
+        """It does."""
+        return True
+
+    def multiply_few(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """With a small tile of the numbers at a time."""
+        stored = tensors["packed"], tensors["scale"]
+        if not few_rows(flat, *stored):
+            return None
+        return ternary_matmul(flat, *stored, per_byte=self.per_byte, group_size=self.group(flat.shape[1]))
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
-        """The digits of a byte each, once apart and once in order, and the numbers (twice with an odd last group)."""
+        """The numbers alone where they are decoded by a compiled kernel.
+
+        Otherwise these (twice with an odd last group) and the digits of a byte each, once apart and once in order.
+        """
+        if decodes_in_place(dtype):
+            return in_features * dtype.itemsize
         size = self.group(in_features)
         return in_features * (2 + dtype.itemsize * (1 if in_features % size == 0 else 2))

@@ -43,12 +43,19 @@ class Transposed(Format):
         """O."""
         return self.out_features_held
 
+    def multiplies_packed(self) -> bool:
+        """Where the inner format is multiplied as it is."""
+        return self.inner.multiplies_packed_transposed()
+
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """A strip of input channels."""
         return self.inner.workspace(in_features, out_features, dtype)
 
     def matmul(self, input: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The sum over strips of input channels of their inputs times their part of the weight."""
+        """The sum over strips of input channels of their inputs times their part of the weight.
+
+        Few rows of input are multiplied by the inner format, where it can.
+        """
         flat = input.reshape(-1, input.shape[-1])
         inner = within("inner_", tensors)
         if torch.is_grad_enabled() and input.requires_grad:
@@ -59,11 +66,17 @@ class Transposed(Format):
 
 
 def _sum(flat: Tensor, layout: Transposed, inner: Mapping[str, Tensor]) -> Tensor:
+    few = layout.inner.multiply_few_transposed(flat, inner, layout.out_features_held)
+    if few is not None:
+        return few
     out = flat.new_zeros((flat.shape[0], layout.out_features_held))
     for columns in strips(layout.inner, flat.shape[1], layout.out_features_held, flat):
-        part = layout.inner.decode(layout.inner.rows(inner, columns), layout.out_features_held, flat.dtype)
-        out.addmm_(flat[:, columns], part)
+        out.addmm_(flat[:, columns], _part(layout, inner, columns, flat.dtype))
     return out
+
+
+def _part(layout: Transposed, inner: Mapping[str, Tensor], columns: slice, dtype: torch.dtype) -> Tensor:
+    return layout.inner.decode(layout.inner.rows(inner, columns), layout.out_features_held, dtype)
 
 
 class _BySums(torch.autograd.Function):
@@ -81,6 +94,5 @@ class _BySums(torch.autograd.Function):
         inner = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         back = gradient.new_empty((gradient.shape[0], ctx.in_features))
         for columns in strips(layout.inner, ctx.in_features, layout.out_features_held, gradient):
-            part = layout.inner.decode(layout.inner.rows(inner, columns), layout.out_features_held, gradient.dtype)
-            torch.mm(gradient, part.t(), out=back[:, columns])
+            torch.mm(gradient, _part(layout, inner, columns, gradient.dtype).t(), out=back[:, columns])
         return back, *[None] * (2 + len(ctx.names))
