@@ -1,8 +1,8 @@
 // Attention of a few queries to packed keys and values, with an online softmax: blocks are read as they are stored.
 //
-// For each block the scores of a few queries, then their softmax relative to the greatest score so far, then the values.
-// Keys in groups along tokens are rows of channels, values in groups along channels are rows of tokens: both are sums of
-// packed rows (see combine.h). Keys that are packed token by token are products along their rows.
+// For each block the scores of a few queries, then their softmax relative to the greatest score so far, then the
+// values. Keys in groups along tokens are rows of channels, values in groups along channels are rows of tokens: both
+// are sums of packed rows (see combine.h). Keys that are packed token by token are products along their rows.
 //
 // A head's blocks are cut into runs, which depend on the sizes alone; each run is computed by one thread, and the runs
 // are put together in their order.
@@ -107,7 +107,7 @@ inline void score_rows(const Packed& rows, int64_t width, Rows query, const floa
             }
         }
         for (int i = 0; i < Inputs; ++i) {
-            scores.numbers[i * scores.apart + row] = sum(totals[i]) * (scale[row] * Float8::unit);
+            scores.numbers[i * scores.apart + row] = sum(totals[i]) * Float8::unit * scale[row];
         }
     }
 }
@@ -116,7 +116,11 @@ inline void score_rows(const Packed& rows, int64_t width, Rows query, const floa
 struct Float8Tokens {
     Table values;
 
-    bool prepare(const PintpotAttend& call, int64_t) { return values.prepare(8, 1, call.value_dim, call.value_dim); }
+    bool prepare(const PintpotAttend& call, int64_t) {
+        const bool whole = values.prepare(8, 1, call.value_dim, call.value_dim);
+        for (int64_t s = 0; s < values.count; ++s) values.strips.get()[s].factor *= Float8::unit;
+        return whole;
+    }
     int64_t scales(const PintpotAttend&, int64_t room) const { return room; }
     int64_t groups() const { return 1; }
 
@@ -148,9 +152,7 @@ struct Float8Tokens {
              Rows out) const {
         const PintpotAttendBlock& block = held.block;
         const int64_t stride = call.value_dim, first = held.head * block.room;
-        float* scale = weighed.scale.get();
-        read(call, held, block.value_scale, scale);
-        for (int64_t t = 0; t < block.tokens; ++t) scale[t] *= Float8::unit;
+        read(call, held, block.value_scale, weighed.scale.get());
         const Packed packed = {block.values + first * stride, block.values + call.heads * block.room * stride,
                                block.tokens, stride, 1, nullptr, 0};
         combine<true>(values, packed, stride, weighed, weights, inputs, false, out);

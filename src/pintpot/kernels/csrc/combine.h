@@ -2,10 +2,10 @@
 //
 //     y[column] = sum over rows of x[row] * (scale[row, group] * code[row, column] + low[row, group])
 //
-// The scale goes to the x of its row and group, and the least numbers are summed once a group, so that of each code only
-// one product is taken. A row is cut into strips of as many bytes as a vector has lanes. A byte of a field of f bits
-// holds 8 / f codes, one in each "plane" (see packing.h): the bytes of a strip are read once, and each plane is added to
-// sums of its own over all rows. Only then are sums brought into the order of columns. Widths of several fields are
+// The scale goes to the x of its row and group, and the least numbers are summed once a group, so that one product is
+// taken of each code. A row is cut into strips of as many bytes as a vector has lanes. A byte of a field of f bits
+// holds 8 / f codes, one in each "plane" (see packing.h): the bytes of a strip are read once, and each plane is added
+// to sums of its own over all rows. Only then are sums brought into the order of columns. Widths of several fields are
 // sums of their fields.
 #pragma once
 
