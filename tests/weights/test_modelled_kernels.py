@@ -27,11 +27,10 @@ def test_one_adder_takes_the_place_of_four_multipliers_and_adders():
 def test_ratios_beside_those_that_are_reported_of_the_paper():
     """Energy within 35 %. Density is less than half: the model has no parts but adders and multipliers."""
     unit = LutTensorCore()
-    assert unit.energy_efficiency(1) / claim("lut-tensor-core", "energy efficiency, times") == pytest.approx(
-        1, abs=0.35
-    )
-    assert 0.4 < unit.compute_density(1) / claim("lut-tensor-core", "compute density, times") < 0.45
-    stated = claim("lut-tensor-core", "compute density and energy efficiency, times, more than")
+    energy, density = (claim("lut-tensor-core", m) for m in ("energy efficiency, times", "compute density, times"))
+    assert unit.energy_efficiency(1) / energy == pytest.approx(1, abs=0.35)
+    assert 0.4 < unit.compute_density(1) / density < 0.45
+    stated = claim("lut-tensor-core", "density and efficiency, times, more than")
     assert unit.energy_efficiency(1) > stated > unit.compute_density(1)
 
 
@@ -43,7 +42,7 @@ def test_tables_are_built_once_for_a_batch():
     ratios = [cache.of_bits(4, rows) for rows in (1, 2, 8, 32)]
     assert ratios == sorted(ratios, reverse=True)
     assert 1 / ratios[-1] < 4 / (1 - claim("sail", "cycles saved by patterns"))
-    assert cache.of_bits(2, 64) == cache.of_bits(4, 32)
+    assert cache.of_bits(2, 8) == cache.of_bits(4, 8)
 
 
 def test_the_speed_up_of_the_paper_is_not_claimed_for_the_model():
@@ -60,7 +59,5 @@ def test_it_says_that_it_is_simulated_and_computes_by_bit_planes(kind):
 
 
 def test_settings_are_checked():
-    with pytest.raises(CompositionError):
-        LutTensorCore(table_inputs=0)
-    with pytest.raises(CompositionError):
+    with pytest.raises(CompositionError, match="9 weights"):
         Sail(table_weights=9)

@@ -5,10 +5,10 @@ Source:    Zhang et al. 2025, "SAIL", arXiv:2509.25853: tables of the sums of al
            that come again are not computed again.
 Differs:   no such hardware is there: products are computed by t-mac's kernel, and only the forecast of time is a model,
            of additions in the SRAM. The number of arrays, their clock and cycles could not be seen (only the abstract
-           and summaries), so that the paper's 10.7 times a Neoverse-N1 is not reproduced: the model tells additions
-           with tables from additions without. That patterns save 13.8 % is taken from the paper, not computed, and
-           so is the area (2 %). Four weights a table and inputs of 8 bits are assumed. Type conversion in the SRAM is
-           not modelled. Weights come from memory as before.
+           and summaries), so that the paper's 10.7 times a Neoverse-N1 is not reproduced: the model counts additions
+           with tables, one for a whole batch, and without. That patterns save 13.8 % is taken from the paper, not
+           computed, and so is the area (2 %). Four weights a table and inputs of 8 bits are assumed. Type conversion
+           in the SRAM is not modelled. Weights come from memory as before.
 Saves:     nothing, simulated: additions of products with few inputs. The bytes are those of t-mac.
 Shapes:    as t-mac.
 Composes:  as t-mac; in the place of t-mac.
@@ -54,15 +54,13 @@ class Sail(BitPlaneKernel):
     Attributes:
         table_weights: weights of a table (the authors' number of basis weights).
         input_bits: of each input, which are taken one by one.
-        table_inputs_most: sequences of a batch that share a table; those beyond it build another.
     """
 
     table_weights: int = 4
     input_bits: int = 8
-    table_inputs_most: int = 32
 
     def __post_init__(self) -> None:
-        if min(self.table_weights, self.input_bits, self.table_inputs_most) < 1 or self.table_weights > 8:
+        if min(self.table_weights, self.input_bits) < 1 or self.table_weights > 8:
             raise CompositionError(
                 f"no tables of {self.table_weights} weights for {self.input_bits} bits", hint="use 1 to 8 weights"
             )
@@ -81,5 +79,4 @@ class Sail(BitPlaneKernel):
 
     def of_bits(self, bits: int, rows: int) -> float:
         """Additions with tables, relative to those without. The width of the weights makes both equally wide."""
-        shared = min(rows, self.table_inputs_most)
-        return self.additions(shared) / self.additions_without_tables(shared)
+        return self.additions(rows) / self.additions_without_tables(rows)

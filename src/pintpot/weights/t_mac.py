@@ -13,7 +13,8 @@ Shapes:    planes (ceil(O / 32), bits, Q, 16), Q quads of four columns; scale (O
 Composes:  methods that leave grids of 1 to 4 bits (rtn, gptq, awq and others), and folders that they wrote; caches;
            generation only.
 Use when:  1 to 4 bits, few sequences at once, on a CPU: time falls with the number of bits.
-Not when:  outputs must be those of the grid to the last bit: 8-bit tables cost about 0.7 % of each product's size.
+Not when:  outputs must be those of the grid to the last bit: 8-bit tables cost about 0.7 % of each product's size. Or
+           prompts are long and answers short: planes are made dense more slowly than grids.
 """
 
 from __future__ import annotations
