@@ -191,7 +191,7 @@ class CodebookSource {
     Book main_, residual_;
 };
 
-    class TernarySource {
+class TernarySource {
    public:
     // Scales are rounded to the dtype `rounded`, as those of the definition are.
     TernarySource(const PintpotTernary& from, int64_t rounded)
