@@ -7,8 +7,8 @@ Differs:   of a model's layers only those with matrices in the blocks are rounde
            the sum that comes out). What lies above a format's range becomes infinite or the largest number as IEEE 754
            says, exact numbers stay under rounding to odd, and ties go towards zero or away from it on both sides, where
            the package does otherwise. Gradients of clipped numbers are zero. Random rounding draws from Philox by the
-           place of a number. CADNA's rounding, microscaling and block floating point, faults, and the element-wise
-           functions of the package are left out.
+           place of a number. Outputs of a model in 16 bits have been rounded to its dtype before. CADNA's rounding,
+           microscaling and block floating point, faults, and the element-wise functions of the package are left out.
 Saves:     weights, simulated: rounded numbers are kept in the model's dtype, and no byte is freed. Generation holds one
            rounded layer beside the model, training all of them and the outputs before rounding.
 Shapes:    weights of any shape, biases (O,), outputs (..., O).
