@@ -5,8 +5,8 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
-as in decoding a model. Factors: weights of two factors and sparse ones, likewise. Optimizer steps: one parameter, float32 or bfloat16, with normal noise for gradients. Times are
-medians. ``plain torch`` is the same call without the library.
+as in decoding a model. Factors: two thin factors and sparse weights, likewise. Optimizer steps: one parameter, float32
+or bfloat16, with normal noise for gradients. Times are medians. ``plain torch`` is the same call without the library.
 
 Peers: torch's dense product (the baseline) and its 4-bit product for CPUs; bitsandbytes' 4-bit product (NF4) and its
 8-bit AdamW; torchao's 8-bit and 4-bit AdamW; torch's fused AdamW (the baseline). They are measured where they are
