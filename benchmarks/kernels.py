@@ -8,12 +8,11 @@ and writes nothing). Before each part the rate of reading memory is measured in 
 Products: weights of several widths in groups of 128 (4 bits also of 32), and inputs of 1, 8 and 64 rows. One weight
 after the other is used out of so many copies that none is still in the processor's cache when its turn comes again,
 as in decoding a model. Look-ups: the same products of 1 to 4 bits and few rows by t-mac's kernel, with the error of its
-8-bit tables. Tables: codebooks, as they are and
-transposed, signs with magnitudes of low rank, and ternary numbers, whose codes are drawn and not fitted. Factors:
-weights of two factors and sparse ones, likewise. Optimizer steps: one parameter, float32 or
-bfloat16, with normal noise for gradients. Times are medians. ``plain torch`` is the same call without the library.
-Attention: one token's queries of a layer with 32 query heads of 128 numbers, to caches of bfloat16 numbers that are
-stored packed; the baseline is torch's fused attention to the same numbers dense.
+8-bit tables. Tables: codebooks, as they are and transposed, signs with magnitudes of low rank, and ternary numbers,
+whose codes are drawn and not fitted. Factors: two thin factors and sparse weights. Optimizer steps: one parameter,
+float32 or bfloat16, with normal noise for gradients. Attention: one token's queries of a layer with 32 query heads of
+128 numbers, to caches of bfloat16 numbers that are stored packed; the baseline is torch's fused attention to the same
+numbers dense. Times are medians. ``plain torch`` is the same call without the library.
 
 Peers: torch's dense product (the baseline) and its 4-bit and 8-bit products for CPUs (the latter is what torchao's
 int8 weights use); llama.cpp's formats of as many bits, which round inputs to 8 bits; bitsandbytes' 4-bit product (NF4)

@@ -3,8 +3,9 @@
 Source:    Joo et al. 2024, "Endor", arXiv:2406.11674 (a bitmap of the places and the non-zero numbers). It presumes a
            pruned model; pruned here by the scores of Wanda (Sun et al. 2023, arXiv:2306.11695) with the compensation
            of SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774).
-Differs:   no kernel that expands the bitmap on a GPU, and no transfer past the CPU: rows are expanded in strips. Kept
-           numbers can also be stored on a grid.
+Differs:   no kernel that expands the bitmap on a GPU, and no transfer past the CPU: rows are expanded by a compiled
+           kernel, in the processor's cache for few rows of input, and in strips for more. Kept numbers can also be
+           stored on a grid.
 Saves:     weights, real, in memory and on disk: O * packed_size(I, 1) + 2 n bytes for n kept numbers of 16 bits (n
            rounded up to a multiple of 256). Pruning needs one block, and 4 I^2 bytes a layer for the inputs' second
            moments.
@@ -50,7 +51,7 @@ BITS_RISES = ((16.0, 0.0001), (8.0, 0.0005), (4.0, 0.025), (3.0, 0.15))
         ),
         Claim("speed-up of offloaded inference", 1.78, versus="the same", at="Llama2-70B", where="abstract"),
     ],
-    fidelity="expanded in ordinary operations in strips of rows, without a GPU kernel or a transfer past the CPU",
+    fidelity="expanded on the CPU, without a GPU kernel or a transfer past the CPU",
 )
 @dataclass(frozen=True, kw_only=True)
 class Endor(WeightMethod):

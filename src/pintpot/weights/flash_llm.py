@@ -3,7 +3,8 @@
 Source:    Xia et al. 2023, "Flash-LLM", arXiv:2309.10285 (Tiled-CSL storage; load as sparse, compute as dense), and the
            authors' code for the layout of a tile (128 x 64, 16 bits for a number and 16 for its place).
 Differs:   the tensor-core kernel with its ordering of a tile's numbers for shared memory, and their padding to fours,
-           are left out: rows of tiles are made dense one after the other and given to the processor's own product.
+           are left out: rows of tiles are made dense one after the other and given to the processor's own product,
+           and for few rows of input a compiled kernel multiplies the kept numbers where they are, without any tile.
            The paper takes pruned models; pruned here in one go, by the scores of Wanda over the whole matrix with the
            compensation of SparseGPT.
 Saves:     weights, real: 4 n + 4 (T + 1) bytes for n kept numbers in T tiles, less than dense 16-bit weights where
@@ -50,7 +51,8 @@ from pintpot.weights.statistics import InputStatistics
         Claim("speed-up of the sparse product", 2.9, versus="Sputnik", at="on average", where="abstract"),
         Claim("tokens per GPU-second", 3.8, versus="DeepSpeed", at="OPT-30B to 175B, at most", where="abstract"),
     ],
-    fidelity="rows of tiles are made dense in ordinary operations, not in a tensor-core kernel; pruned in one go",
+    fidelity="tiles are made dense in ordinary operations, not in a tensor-core kernel, and not at all for few rows of"
+    " input; pruned in one go",
 )
 @dataclass(frozen=True, kw_only=True)
 class FlashLLM(WeightMethod):
