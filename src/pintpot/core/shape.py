@@ -190,6 +190,11 @@ class ModelShape:
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
+    def packed_as(self) -> str:
+        """How the weights of its models are packed from the start; shapes that differ in it build different models."""
+        return ""
+
+    @property
     def numel(self) -> int:
         """Number of parameters, tied ones once."""
         return sum(p.numel for p in self.parameters)
