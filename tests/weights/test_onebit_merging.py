@@ -1,20 +1,26 @@
 """1bit-Merging: one folder that is nearly each of the models it was made of, at one bit a weight for each."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pintpot.core.errors import CompositionError, ModelFolderError, OutputExists, ShapeError, UnsupportedModel
+from pintpot.core.shape import ModelShape
 from pintpot.kernels import packed_size
 from pintpot.weights import CompressedLinear, compress_folder, load_compressed, route_, tasks_of
+from pintpot.weights.export import export_folder
 from pintpot.weights.formats import Dense, Routed, Signs
 from pintpot.weights.integrity import check_folder
 from pintpot.weights.merging import Tuned, average, merge_folders, plan_merge
 from pintpot.weights.onebit_merging import OneBitMerging
+from pintpot.weights.targets import find_targets
+from tests.architectures import tiny_config
 from tests.folders import same_weights, weights, write_model
 from tests.tuned import TEXTS, tokens, write_tuned
 
@@ -125,6 +131,16 @@ def test_what_has_no_vectors_of_a_task_is_the_average(tuned, tmp_path: Path):
     assert model.model.layers[0].mlp.up_proj.formats[1].weights == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "llama", "mixtral", "opt", "phi", "t5"])
+def test_attention_and_mlp_are_told_apart(name):
+    two = [Tuned("talk", Path(), "attention"), Tuned("sums", Path(), "mlp")]
+    targets, _ = find_targets(ModelShape.from_config(tiny_config(name)).build("meta"))
+    found = {t.parameter: OneBitMerging().formats_for(t, two)[1].tasks for t in targets}
+    assert set(found.values()) == {("talk",), ("sums",)}
+    for parameter, tasks in found.items():
+        assert tasks == (("talk",) if re.search("attn|attention", parameter, re.IGNORECASE) else ("sums",))
+
+
 def test_equal_numbers_have_themselves_as_their_average():
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -152,6 +168,21 @@ def test_is_loaded_saved_checked_and_made_dense(tuned, merged, tmp_path: Path):
     torch.testing.assert_close(logits(model, "words"), routed, rtol=1e-4, atol=1e-4)
     assert not any(isinstance(module, CompressedLinear) for module in model.modules())
     assert "route_(model, task)" in (merged / "README.md").read_text()
+
+
+def test_an_adapter_learns_on_a_task_and_is_merged_into_it(merged):
+    model = load_compressed(merged)
+    route_(model, "words")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model(input_ids=tokens("words"), labels=tokens("words")).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    adapted = logits(model, "words")
+    torch.testing.assert_close(logits(model.merge_and_unload(), "words"), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_is_exported_as_what_the_tasks_share(tuned, merged, tmp_path: Path):
+    export_folder(merged, tmp_path / "out", "safetensors")
+    assert same_weights(tmp_path / "out", tuned["base"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
@@ -203,6 +234,15 @@ def test_models_of_another_kind_or_size_are_refused_and_the_entry_is_named(tuned
         with pytest.raises(UnsupportedModel, match=says):
             merge_folders(base, [Tuned("a", tuned["words"]), Tuned("b", folder)], tmp_path / "out", OneBitMerging())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_is_named_and_nothing_is_left(tuned, tmp_path: Path):
+    damaged = AutoModelForCausalLM.from_pretrained(tuned["words"])
+    damaged.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    damaged.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(ModelFolderError, match=r"damaged: the tensor model.layers.1.mlp.up_proj.weight holds NaN"):
+        merge_folders(tuned["base"], [Tuned("a", tmp_path / "damaged")], tmp_path / "out", OneBitMerging())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["damaged"]
 
 
 def test_what_cannot_be_merged_or_routed_says_so(tuned, merged, tmp_path: Path):

@@ -39,4 +39,4 @@ def _model(text: str) -> Tuned:
 def _named(text: str) -> tuple[str, str, str]:
     """The name, the equals sign and the value; both first empty where there is no name."""
     name, equals, value = text.partition("=")
-    return (name, equals, value) if equals else ("", "", text)
+    return (name, equals, value) if equals and "/" not in name else ("", "", text)

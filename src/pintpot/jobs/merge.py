@@ -18,7 +18,6 @@ from pintpot.jobs.compress import progress_bar
 from pintpot.jobs.load import read_tokenizer
 from pintpot.jobs.model_source import model_folder
 from pintpot.weights.merging import MergeMethod, Tuned, plan_merge
-from pintpot.weights.routing import tasks_in
 from pintpot.weights.streaming import write_compressed
 
 JOB = "merge"
@@ -95,15 +94,18 @@ def merge(
     start = time.monotonic()
     plan = plan_merge(source, tuned, method)
     require_same_tokenizer(source, [model.folder for model in tuned])
-    with progress_bar(progress, f"merging into {source.name}") as step:
+    with progress_bar(progress, f"merging into {Path(out).name}") as step:
         write_compressed(plan, out, progress=step, check_disk=check_disk)
-    own = sum(
-        target.nbytes(formats) - target.nbytes(formats[:1])
-        for name, formats in plan.layout.items()
-        for target in [plan.targets[name]]
+    return Merged(
+        folder=Path(out),
+        method=method,
+        tasks=tuple(model.task for model in tuned),
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        shared_bytes=plan.output_bytes
+        - sum(plan.targets[name].nbytes(terms[1:]) for name, terms in plan.layout.items()),
+        seconds=time.monotonic() - start,
     )
-    size, seconds = plan.output_bytes, time.monotonic() - start
-    return Merged(Path(out), method, tasks_in(plan.layout.values()), plan.source_bytes, size, size - own, seconds)
 
 
 def require_same_tokenizer(base: Path, others: Sequence[Path]) -> None:

@@ -11,7 +11,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -131,7 +130,7 @@ class MergePlan(CompressionPlan):
         """The base and the fine-tuned models."""
         return (self.source, *self.opened)
 
-    @cached_property
+    @property
     def source_bytes(self) -> int:
         """Bytes of all tensors of all sources."""
         return sum(source.weight_bytes for source in self.sources)
@@ -160,11 +159,19 @@ class MergePlan(CompressionPlan):
 
 
 def _load(theirs: Mapping[str, Origin], origin: Origin) -> dict[str, Tensor]:
-    """The parameters of an origin in another model."""
+    """The parameters of an origin in another model.
+
+    Raises:
+        ModelFolderError: naming the other model's folder, which the base's tensors share their names with.
+    """
     found: dict[str, Tensor] = {}
     for name in origin.names:
         if name not in found:
-            found |= theirs[name].load()
+            try:
+                found |= theirs[name].load()
+            except ModelFolderError as error:
+                folder = theirs[name].entries[0][1].file.parent
+                raise ModelFolderError(f"{folder}: {error.message}", hint=error.hint) from error
     return found
 
 

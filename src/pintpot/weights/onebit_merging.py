@@ -16,8 +16,8 @@ Saves:     weights, real: O * packed_size(I, 1) + 4 bytes a matrix for each task
 Shapes:    weight (O, I); signs (O, I) packed, and a scale, for each task.
 Composes:  caches, activations, adapters on the frozen base and task; not with anything that needs dense weights.
 Use when:  several fine-tuned models of one base are wanted at hand, one at a time or one after the other.
-Not when:  there is one model only (compress it), or models were trained so far from the base that their differences
-           are no smaller than its weights.
+Not when:  there is one model only (compress it), or much was trained outside the matrices of the blocks, or so far from
+           the base that the differences are no smaller than its weights.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _require_known(modules: str) -> None:
     removes=["dense_weights", "matrix_gradients"],
     claims=[
         Claim(
-            "share of the performance of task-specific routing, percent",
+            "percent of the performance kept",
             94.53,
-            versus="the fine-tuned models, routed",
+            versus="task-specific routing",
             at="storage 55.02 %; Mistral 7B, chat, mathematics and code",
             where="abstract, version 2",
         )
