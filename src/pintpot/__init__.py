@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pintpot.jobs.generate import generate
     from pintpot.jobs.generator import GenerateSettings
     from pintpot.jobs.load import load
+    from pintpot.jobs.merge import merge
     from pintpot.jobs.plan import plan
     from pintpot.jobs.pretrain import PretrainSettings, pretrain
     from pintpot.jobs.pretrain_recipe import pretrain_recipe
@@ -62,6 +63,7 @@ _HOME = {
     "finetune": "jobs.finetune",
     "generate": "jobs.generate",
     "load": "jobs.load",
+    "merge": "jobs.merge",
     "plan": "jobs.plan",
     "pretrain": "jobs.pretrain",
     "pretrain_recipe": "jobs.pretrain_recipe",
@@ -99,6 +101,7 @@ __all__ = [
     "generate",
     "load",
     "measure",
+    "merge",
     "plan",
     "pretrain",
     "pretrain_recipe",

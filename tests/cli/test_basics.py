@@ -18,6 +18,7 @@ COMMANDS = (
     "finetune",
     "pretrain",
     "compress",
+    "merge",
     "check",
     "export",
     "plan",

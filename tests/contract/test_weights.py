@@ -22,7 +22,11 @@ from pintpot.weights.modules import PackedTerms
 from pintpot.weights.trained import TrainedMethod
 from tests.architectures import TINY, tiny_config, tiny_model
 
-METHODS = sorted(name for name, kind in techniques("weights").items() if issubclass(kind, WeightMethod))
+METHODS = sorted(
+    name
+    for name, kind in techniques("weights").items()
+    if issubclass(kind, WeightMethod) and "compress" in kind.facts.jobs
+)
 KINDS: dict[str, tuple[str, ...]] = {name: techniques("weights")[name].model_types for name in METHODS}
 GENERAL = [name for name in METHODS if not KINDS[name]]
 FEW = ("gpt2", "llama", "mamba", "mixtral", "t5")

@@ -77,14 +77,14 @@ import os, signal, sys
 from pintpot.weights import streaming
 from pintpot.weights.rtn import RTN
 left = int(sys.argv[3])
-inner = streaming._encoded
-def encoded(origin, plan):
+inner = streaming.CompressionPlan.encoded
+def encoded(plan, origin):
     global left
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
-    return inner(origin, plan)
-streaming._encoded = encoded
+    return inner(plan, origin)
+streaming.CompressionPlan.encoded = encoded
 streaming.compress_folder(sys.argv[1], sys.argv[2], RTN(bits=4, group_size=32), shard_bytes=40_000)
 """
 

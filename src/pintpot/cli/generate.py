@@ -23,6 +23,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="JSONL", help="Where the completions of --prompts go.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="Of a merged model: which of its tasks (see `merge`).")
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", help="Most tokens to generate.")] = 128,
     batch: Annotated[int, typer.Option("--batch", help="Prompts at once.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
@@ -54,6 +57,7 @@ def command(
             new_tokens=new_tokens,
             batch=batch,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            task=task,
         ),
         Wish(
             budget=Budget.of(device_memory, host_memory, disk),

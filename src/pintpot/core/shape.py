@@ -190,9 +190,14 @@ class ModelShape:
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
+    def packed_as(self) -> str:
+        """How the weights of its models are packed from the start; shapes that differ in it build different models."""
+        return repr(getattr(self.config, "quantization_config", None))
+
+    @property
     def identity(self) -> tuple[str, torch.dtype, str]:
         """What tells it from other shapes: its architecture, its dtype, and how its weights are packed, if they are."""
-        return self.fingerprint, self.dtype, repr(getattr(self.config, "quantization_config", None))
+        return self.fingerprint, self.dtype, self.packed_as
 
     @property
     def numel(self) -> int:

@@ -56,27 +56,34 @@ def workload_of(job: str, sizes: Mapping[str, int | None]) -> Workload:
     return workload_from_dict({"job": job, **{name: size for name, size in sizes.items() if size is not None}})
 
 
-def shape_of(model: str | Path, workload: Workload, wish: Wish) -> ModelShape:
-    """The shape of a model in the dtype that the job will hold it in.
+def shape_of(model: str | Path, workload: Workload, wish: Wish, task: str | None = None) -> ModelShape:
+    """The shape of a model in the dtype that the job will hold it in, and switched to a task where it is merged.
 
     Raises:
+        CompositionError: when it has no such task.
         PlanError: when the dtype is unknown.
     """
     if wish.dtype is not None and wish.dtype not in DTYPES:
         raise PlanError(f"unknown dtype {wish.dtype!r}", hint=f"one of: {', '.join(DTYPES)}")
     dtype = DTYPES[wish.dtype] if wish.dtype else (torch.float32 if workload.training else None)
-    return shape_of_folder(model_folder(model), dtype)
+    return shape_of_folder(model_folder(model), dtype, task)
 
 
-def choose(model: str | Path, workload: Workload, wish: Wish) -> Plan:
+def choose(model: str | Path, workload: Workload, wish: Wish, task: str | None = None) -> Plan:
     """The plan to run: the given one, or one made of the given techniques, or the cheapest that fits the budget.
+
+    Args:
+        model: a model folder or hub name.
+        workload: the sizes of the job.
+        wish: the memory budget, techniques or plan.
+        task: that a merged model will be switched to.
 
     Raises:
         PlanError: when the given plan is for another job or model.
         BudgetError: when nothing fits.
-        CompositionError: when the techniques cannot stand together.
+        CompositionError: when the techniques cannot stand together, or there is no such task.
     """
-    shape = shape_of(model, workload, wish)
+    shape = shape_of(model, workload, wish, task)
     packed = isinstance(shape, PackedShape)
     if wish.plan is not None:
         plan = _given(wish.plan, shape, workload)

@@ -128,7 +128,7 @@ def compress(
     if isinstance(method, StorageMethod):
         if limit is not None:
             raise CompositionError(f"{method.name} stores without loss, in no given size", hint="leave out --size")
-        with _bar(progress, f"storing {folder.name}") as step:
+        with progress_bar(progress, f"storing {folder.name}") as step:
             report = method.store_folder(folder, out, progress=step, check_disk=check_disk)
         return Compressed(Path(out), method, report, report.dense_bytes, report.packed_bytes, time.monotonic() - start)
     if isinstance(method, TrainedMethod):
@@ -138,7 +138,7 @@ def compress(
         done = compress_by_training(folder, out, method, data, settings, seed=seed, progress=progress)
         return Compressed(Path(out), method, *done.sizes, time.monotonic() - start, done)
     texts = calibration_texts(folder, method, calibration, seed)
-    with _bar(progress, f"compressing {folder.name}") as step, no_progress_bars():
+    with progress_bar(progress, f"compressing {folder.name}") as step, no_progress_bars():
         layout = None if limit is None else sized_layout(folder, method, limit, texts)
         work = plan_compression(folder, method, layout=layout, texts=texts)
         report = write_compressed(work, out, texts=texts, progress=step, check_disk=check_disk)
@@ -217,7 +217,7 @@ def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> 
 
 
 @contextmanager
-def _bar(show: bool, title: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(show: bool, title: str) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr with throughput and time left, or nothing."""
     if not show:
         yield None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pintpot.jobs.model_source import model_folder
 from pintpot.jobs.prompt_files import complete_file, read_prompts
 from pintpot.ledger.measure import Run
 from pintpot.ledger.measure import measure as measure_memory
+from pintpot.weights import route_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +152,12 @@ def prepare(
     require_length(config, longest, settings.new_tokens)
     batch = min(settings.batch, max(lengths.values()))
     workload = Generate(batch=batch, prompt_tokens=longest, new_tokens=settings.new_tokens)
-    plan = require_fit(choose(folder, workload, wish))
-    if measuring is None:
-        return Generator(assemble(folder, plan), tokenizer, settings), plan, None
-    run = measuring.enter_context(measure_memory(budget=plan.budget))
-    with run.phase("load"):
+    plan = require_fit(choose(folder, workload, wish, settings.task))
+    run = None if measuring is None else measuring.enter_context(measure_memory(budget=plan.budget))
+    with nullcontext() if run is None else run.phase("load"):
         live = assemble(folder, plan)
-    run.register(live.model)
+    if settings.task is not None:
+        route_(live.model, settings.task)
+    if run is not None:
+        run.register(live.model)
     return Generator(live, tokenizer, settings), plan, run

@@ -38,12 +38,14 @@ class GenerateSettings:
         batch: prompts at once.
         sampling: how tokens are chosen.
         stop_at_end: stop at the model's end-of-text token.
+        task: that a merged model is switched to; what its tasks share when ``None``.
     """
 
     new_tokens: int = 128
     batch: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     stop_at_end: bool = True
+    task: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from pintpot.core.shape import ModelShape
 from pintpot.weights import PintpotConfig
+from pintpot.weights._base import describe
 from pintpot.weights.quantizer import QUANT_METHOD
+from pintpot.weights.routing import routed_layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class PackedShape(ModelShape):
 
     packing: PintpotConfig | None = None
 
+    @property
+    def packed_as(self) -> str:
+        """The configuration of the packing."""
+        return "" if self.packing is None else json.dumps(self.packing.to_dict(), sort_keys=True)
+
     def build(self, device: str = "meta") -> PreTrainedModel:
         """An untrained model of this shape with empty packed weights."""
         model = super().build(device)
@@ -32,20 +40,26 @@ class PackedShape(ModelShape):
         return model
 
 
-def shape_of_folder(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
+def shape_of_folder(folder: Path, dtype: torch.dtype | None = None, task: str | None = None) -> ModelShape:
     """The shape of a folder, dense or compressed by Pintpot.
 
     Args:
         folder: the model's.
         dtype: to hold dense weights in. A compressed folder keeps its own.
+        task: that a merged model is switched to, or none.
 
     Raises:
+        CompositionError: when there is no such task.
         ModelFolderError: when there is no readable configuration.
         UnsupportedModel: when the architecture is unknown.
     """
     shape = ModelShape.from_folder(folder, dtype)
     settings: dict[str, Any] = getattr(shape.config, "quantization_config", None) or {}
-    if settings.get("quant_method") != QUANT_METHOD:
+    packed = settings.get("quant_method") == QUANT_METHOD
+    if task is not None:
+        layout = routed_layout((PintpotConfig(**settings).read_layout() if packed else None) or {}, task)
+        settings = {**settings, **describe(layout)}
+    if not packed:
         return shape
     own = ModelShape.from_folder(folder)
     return PackedShape(own.config, own.dtype, own.name, PintpotConfig(**settings))

@@ -5,6 +5,7 @@ from pintpot.weights.formats import Dense, Format, Grid, LowRank, Scaled, Split,
 from pintpot.weights.load import load_and_compress, load_compressed
 from pintpot.weights.modules import CompressedExperts, CompressedLinear
 from pintpot.weights.quantizer import PintpotConfig, PintpotQuantizer
+from pintpot.weights.routing import route_, tasks_of
 from pintpot.weights.sorting import sort_terms_
 from pintpot.weights.streaming import compress_folder
 from pintpot.weights.undo import dequantize_
@@ -37,6 +38,7 @@ TECHNIQUES: tuple[str, ...] = (
     "minifloat_ptq",
     "mixllm",
     "onebit",
+    "onebit_merging",
     "pams",
     "pychop",
     "q_bert",
@@ -72,5 +74,7 @@ __all__ = [
     "dequantize_",
     "load_and_compress",
     "load_compressed",
+    "route_",
     "sort_terms_",
+    "tasks_of",
 ]

@@ -241,8 +241,9 @@ class PintpotQuantizer(HfQuantizer):
         """Adapters can be trained on the frozen packed weights."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return dequantize_(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers takes it from the configuration, where saving a model leaves its name.
+        return dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def mark_(model: PreTrainedModel, method: WeightMethod, layout: Layout) -> None:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial as partial_
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,39 @@ class CompressionPlan:
         """Bytes of all output tensors."""
         return sum(plan.nbytes for shard in self.shards for plan in shard.plans)
 
+    @property
+    def sources(self) -> tuple[ModelFolder, ...]:
+        """Every folder that is read."""
+        return (self.source,)
+
+    @property
+    def card(self) -> tuple[str, str]:
+        """The title and the first sentence of what the output's model card says of it."""
+        report = self.report
+        made = f"Weights: `{self.method}`, {report.dense_bytes} bytes of matrices in {report.packed_bytes}."
+        return "Compressed with Pintpot", made
+
     def digest(self) -> str:
         """Identifies source files, method and layout, so that only the same run is resumed."""
-        files = sorted({entry.file for entry in self.source.entries.values()})
+        files = [file for source in self.sources for file in sorted({e.file for e in source.entries.values()})]
         stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         shards = [s.name for s in self.shards]
         data = [__version__, self.method.name, asdict(self.method), describe(self.layout), stamps, shards]
         return hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
+
+    @torch.no_grad()
+    def encoded(self, origin: Origin) -> dict[str, Tensor]:
+        """The output tensors of one origin, by name."""
+        made: dict[str, Tensor] = {}
+        dense = origin.load()
+        for name in list(dense):
+            target = self.targets.get(name)
+            tensor = dense.pop(name)
+            if target is None:
+                made[name] = tensor
+            else:
+                made |= stored_names(target, target.encode(self.method, self.layout[name], tensor))
+        return made
 
 
 def plan_compression(
@@ -195,7 +220,7 @@ def write_compressed(
     with new_folder(out, resume=True) as partial, ExitStack() as stack:
         written = _open_record(partial, plan)
         finished = _finished(partial, plan, written)
-        load: Callable[[Origin], dict[str, Tensor]] = partial_(_encoded, plan=plan)
+        load: Callable[[Origin], dict[str, Tensor]] = plan.encoded
         if plan.method.works_on_blocks and len(finished) < len(plan.shards):
             load = stack.enter_context(calibrated_blocks(plan, texts, [partial / name for name in finished]))
         for shard in plan.shards:
@@ -220,21 +245,6 @@ def _finished(partial: Path, plan: CompressionPlan, written: Mapping[str, Writte
     """The output files of an earlier run that are complete and unharmed."""
     files = [(shard.name, partial / shard.name) for shard in plan.shards if shard.name in written]
     return [name for name, file in files if file.is_file() and file_digest(file) == written[name].digest]
-
-
-@torch.no_grad()
-def _encoded(origin: Origin, plan: CompressionPlan) -> dict[str, Tensor]:
-    """The output tensors of one origin, by name."""
-    made: dict[str, Tensor] = {}
-    dense = origin.load()
-    for name in list(dense):
-        target = plan.targets.get(name)
-        tensor = dense.pop(name)
-        if target is None:
-            made[name] = tensor
-        else:
-            made |= stored_names(target, target.encode(plan.method, plan.layout[name], tensor))
-    return made
 
 
 def _open_record(partial: Path, plan: CompressionPlan) -> dict[str, WrittenShard]:
@@ -279,9 +289,7 @@ def _write_companions(partial: Path, plan: CompressionPlan) -> None:
 
 
 def _copy_companions(partial: Path, plan: CompressionPlan) -> None:
-    report = plan.report
-    made = f"Weights: `{plan.method}`, {report.dense_bytes} bytes of matrices in {report.packed_bytes}."
-    copy_companions(plan.source.path, partial, "Compressed with Pintpot", made)
+    copy_companions(plan.source.path, partial, *plan.card)
 
 
 def _write_converted(plan: CompressionPlan, out: str | Path, texts: Texts) -> CompressionReport:

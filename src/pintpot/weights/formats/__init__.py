@@ -13,9 +13,11 @@ from pintpot.weights.formats.level_grid import LevelGrid
 from pintpot.weights.formats.low_rank import LowRank
 from pintpot.weights.formats.rotated import Rotated
 from pintpot.weights.formats.rounded_input import RoundedInput
+from pintpot.weights.formats.routed import Routed
 from pintpot.weights.formats.scaled import Scaled
 from pintpot.weights.formats.sign_rank import SignRank
 from pintpot.weights.formats.signed_input import SignedInput
+from pintpot.weights.formats.signs import Signs
 from pintpot.weights.formats.sparse import Sparse
 from pintpot.weights.formats.split import Split
 from pintpot.weights.formats.split_input import SplitInput
@@ -39,9 +41,11 @@ __all__ = [
     "LowRank",
     "Rotated",
     "RoundedInput",
+    "Routed",
     "Scaled",
     "SignRank",
     "SignedInput",
+    "Signs",
     "Sparse",
     "Split",
     "SplitInput",
