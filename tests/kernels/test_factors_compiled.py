@@ -35,7 +35,13 @@ def close(found, x, dense, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("stored", FLOATS)
 def test_low_rank_products_are_those_of_float64(isa, dtype, stored):
-    for rows, rank, columns, count in ((1, 1, 1, 1), (70, 3, 33, 2), (40, 37, 100, 5), (64, 16, 128, 8)):
+    for rows, rank, columns, count in (
+        (1, 1, 1, 1),
+        (70, 3, 33, 2),
+        (40, 37, 100, 5),
+        (64, 16, 128, 8),
+        (6, 1100, 2070, 3),
+    ):
         left, right = randn(rows, rank).to(stored), randn(rank, columns, seed=1).to(stored)
         x = randn(count, columns, seed=2).to(dtype)
         found = torch.ops.pintpot.low_rank_matmul(x, left, right)
@@ -67,7 +73,14 @@ def make_sparse(rows, columns, block, stored, share=0.5):
 @pytest.mark.parametrize("stored", FLOATS)
 def test_sparse_products_are_those_of_float64(isa, block, stored):
     dtype = {torch.float32: torch.float32, torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[stored]
-    for rows, columns, count, share in ((1, 1, 1, 1.0), (5, 9, 1, 0.2), (7, 131, 3, 0.5), (3, 210, 8, 0.5)):
+    long = 2070 // block[1]
+    for rows, columns, count, share in (
+        (2, long, 2, 0.6),
+        (1, 1, 1, 1.0),
+        (5, 9, 1, 0.2),
+        (7, 131, 3, 0.5),
+        (3, 210, 8, 0.5),
+    ):
         bitmap, values, dense = make_sparse(rows, columns, block, stored, share)
         x = randn(count, dense.shape[1], seed=4).to(dtype)
         found = torch.ops.pintpot.sparse_matmul(x, bitmap, values, None, None, list(block), [])
