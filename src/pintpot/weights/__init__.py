@@ -38,6 +38,7 @@ TECHNIQUES: tuple[str, ...] = (
     "onebit",
     "pams",
     "q_bert",
+    "q_hyvit",
     "qfx_fixed_point",
     "quamba",
     "rtn",
