@@ -190,6 +190,11 @@ class ModelShape:
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a prediction depends on: equal for shapes that can stand for one another."""
+        return (self.fingerprint, self.dtype)
+
+    @property
     def numel(self) -> int:
         """Number of parameters, tied ones once."""
         return sum(p.numel for p in self.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pintpot.core.errors import CompositionError
+from pintpot.core.model_folder import open_model
+from pintpot.core.plan import ModelIdentity
 from pintpot.core.shape import ModelShape
+from pintpot.jobs.dtypes import DTYPES
 from pintpot.weights import PintpotConfig
+from pintpot.weights.fitting import fit
 from pintpot.weights.quantizer import QUANT_METHOD
 
 
@@ -20,9 +26,22 @@ class PackedShape(ModelShape):
 
     Attributes:
         packing: how the weights were packed; ``None`` means that they were not.
+        size_bytes: most bytes of the tensors that are loaded; None for all.
     """
 
     packing: PintpotConfig | None = None
+    size_bytes: int | None = None
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """The architecture, the dtype, and how the weights are packed."""
+        packing = None if self.packing is None else json.dumps(self.packing.to_dict(), sort_keys=True)
+        return (*super().identity, packing)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the folder can be loaded in any size."""
+        return self.packing is not None and self.packing.order is not None
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """An untrained model of this shape with empty packed weights."""
@@ -49,6 +68,32 @@ def shape_of_folder(folder: Path, dtype: torch.dtype | None = None) -> ModelShap
         return shape
     own = ModelShape.from_folder(folder)
     return PackedShape(own.config, own.dtype, own.name, PintpotConfig(**settings))
+
+
+def in_size(shape: ModelShape, size_bytes: int) -> PackedShape:
+    """The shape of as much of a folder as fits into a size.
+
+    Args:
+        shape: of the whole folder, which it names.
+        size_bytes: most bytes of all tensors.
+
+    Raises:
+        BudgetError: when the first term of each weight is too much.
+        CompositionError: when the folder has one size only.
+    """
+    if not isinstance(shape, PackedShape) or not shape.ranked:
+        raise CompositionError(
+            f"{shape.name} has one size only", hint="leave out the size, or give a folder compressed with bitstack"
+        )
+    part = fit(open_model(shape.name), size_bytes)
+    packing = PintpotConfig(**(part.opened.quantization or {}))
+    return replace(shape, packing=packing, size_bytes=size_bytes)
+
+
+def as_planned(shape: ModelShape, model: ModelIdentity) -> ModelShape:
+    """A model's shape in the size and the dtype of a plan."""
+    sized = shape if model.size_bytes is None else in_size(shape, model.size_bytes)
+    return with_dtype(sized, DTYPES[model.dtype])
 
 
 def with_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:

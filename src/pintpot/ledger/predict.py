@@ -108,11 +108,11 @@ def plain(workload: Workload) -> Build:
 
 
 class _Key:
-    """A shape as a key: equal for the same architecture in the same dtype."""
+    """A shape as a key."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self.identity = (shape.fingerprint, shape.dtype)
+        self.identity = shape.identity
 
     def __hash__(self) -> int:
         return hash(self.identity)
