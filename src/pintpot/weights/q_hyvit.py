@@ -1,12 +1,12 @@
 """Q-HyViT: grids for the layers of a hybrid vision transformer, chosen by how much the loss would curve for them.
 
-Source:    Lee et al. 2023, "Q-HyViT", arXiv:2303.12557, and what is public of the authors' code: scales by search over
-           shares of the largest magnitude, the error of a layer's output weighted by squared gradients, and bridge
-           blocks (what brings channels from convolutions into a transformer, and the first projections there), which
-           stay rounded while the layers after them are fitted.
-Differs:   gradients are of the cross-entropy with classes drawn from the dense model's own prediction: those of the
-           authors' divergence from it are zero until something is rounded. Errors are measured on a sample of each
-           layer's inputs. Granularity and scheme are chosen for the inputs of every layer; weights are symmetric with
+Source:    Lee et al. 2023, "Q-HyViT", arXiv:2303.12557: scales by search over shares of the largest magnitude, errors
+           of a layer's output weighted by squared gradients, and bridge blocks (what brings channels from convolutions
+           into a transformer, and the first projections there), which stay rounded while later layers are fitted.
+Differs:   built from the abstract, summaries of the paper and a description of the authors' code. Gradients are
+           of the cross-entropy with classes drawn from the dense model's own prediction: those of the authors'
+           divergence from it are zero until something is rounded. Errors are measured on a sample of each layer's
+           inputs. Granularity and scheme are chosen for the inputs of every layer; weights are symmetric with
            a scale a row, also those of linear layers. Steps and zeros are stored for each in-feature whichever was
            chosen, so that bytes follow from shapes. Ranges always hold zero, so that no zero point overflows. Depthwise
            convolutions, the stem, the head, and the products inside attention stay in floating point.
@@ -72,7 +72,8 @@ BRIDGE = (
         Claim("accuracy gained (percent)", 17.73, versus="earlier methods", at="8 bits, average", where="abstract"),
         Claim("accuracy gained (percent)", 29.75, versus="earlier methods", at="6 bits, average", where="abstract"),
     ],
-    fidelity="depthwise convolutions, stem, head and attention's products stay dense; classes are drawn for gradients",
+    fidelity="depthwise convolutions, stem, head and attention's products stay dense; classes are drawn for gradients; "
+    "built from summaries of paper and code",
 )
 @dataclass(frozen=True, kw_only=True)
 class QHyViT(WeightMethod):
