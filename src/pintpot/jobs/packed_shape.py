@@ -14,7 +14,6 @@ from pintpot.core.errors import CompositionError
 from pintpot.core.model_folder import open_model
 from pintpot.core.plan import ModelIdentity
 from pintpot.core.shape import ModelShape
-from pintpot.jobs.dtypes import DTYPES
 from pintpot.weights import PintpotConfig
 from pintpot.weights.fitting import fit
 from pintpot.weights.quantizer import QUANT_METHOD
@@ -93,7 +92,7 @@ def in_size(shape: ModelShape, size_bytes: int) -> PackedShape:
 def as_planned(shape: ModelShape, model: ModelIdentity) -> ModelShape:
     """A model's shape in the size and the dtype of a plan."""
     sized = shape if model.size_bytes is None else in_size(shape, model.size_bytes)
-    return with_dtype(sized, DTYPES[model.dtype])
+    return with_dtype(sized, getattr(torch, model.dtype))
 
 
 def with_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:
