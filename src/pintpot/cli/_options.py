@@ -23,6 +23,10 @@ Techniques = Annotated[
 CacheExpression = Annotated[
     str | None, typer.Option("--cache", metavar="EXPR", help="Use these for the KV cache, such as 'lagkv*kivi2'.")
 ]
+WeightsSize = Annotated[
+    str | None,
+    typer.Option("--weights-size", metavar="SIZE", help="Load so much of a folder compressed with bitstack."),
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Run this plan (see `plan`).")]
 DataType = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; the model's own if absent.")

@@ -22,6 +22,7 @@ def command(
     device_memory: _options.DeviceMemory = None,
     host_memory: _options.HostMemory = None,
     disk: _options.Disk = None,
+    weights_size: _options.WeightsSize = None,
     dtype: _options.DataType = None,
     techniques: _options.Techniques = None,
     cache: _options.CacheExpression = None,
@@ -55,6 +56,7 @@ def command(
         budget=Budget.of(device_memory, host_memory, disk),
         techniques=_options.joined(techniques, cache),
         exclude=tuple(exclude or ()),
+        weights_size=weights_size,
         dtype=dtype,
         seed=seed,
     )

@@ -11,11 +11,19 @@ from pintpot.core.workload import Budget, Workload
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a plan is for: its folder or hub name, and the fingerprint of its architecture."""
+    """Which model a plan is for.
+
+    Attributes:
+        name: its folder or hub name.
+        fingerprint: of its architecture.
+        dtype: that dense weights are held in.
+        size_bytes: most bytes of the tensors that are loaded, of a folder that can be loaded in any size; None for all.
+    """
 
     name: str
     fingerprint: str
     dtype: str
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)

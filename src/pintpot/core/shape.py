@@ -244,16 +244,19 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the repeated blocks of a model (``model.layers.0`` ...), encoder's before decoder's.
+    """Names of the blocks of a model (``model.layers.0`` ...), encoder's before decoder's.
 
-    A block list is an ``nn.ModuleList`` not inside another one, whose members are all of one class.
+    They are the members of each ``nn.ModuleList`` that is not inside another one and whose members are all of one
+    class. Where no list is so, as in hybrids of convolutions and transformers, they are the members of the lists that
+    there are: unlike stages.
     """
-    names: list[str] = []
+    alike: list[str] = []
+    unlike: list[str] = []
     outer: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(o + ".") for o in outer) or not isinstance(module, nn.ModuleList):
             continue
         outer.append(name)
-        if len({type(m) for m in module}) == 1:
-            names += [f"{name}.{i}" for i in range(len(module))]
-    return tuple(names)
+        chosen = alike if len({type(m) for m in module}) == 1 else unlike
+        chosen += [f"{name}.{i}" for i in range(len(module))]
+    return tuple(alike or unlike)

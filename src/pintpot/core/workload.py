@@ -67,11 +67,12 @@ class Pretrain(Train):
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Workload):
-    """Write a smaller model; the calibration that a method may want is ``batch`` x ``tokens``."""
+    """Write a smaller model. ``samples`` texts of ``tokens`` calibrate a method; ``batch`` of them at once train it."""
 
     job: ClassVar[str] = "compress"
     batch: int = 1
     tokens: int = 512
+    samples: int = 128
 
 
 WORKLOADS: dict[str, type[Workload]] = {w.job: w for w in (Generate, Finetune, Pretrain, Compress)}

@@ -166,7 +166,7 @@ def assemble(
     elif composition.optimizer is not None and composition.optimizer.streams:
         model, store = load_streamed(folder, dtype, place)
     else:
-        model = _load(folder, composition, dtype, plan.seed)
+        model = _load(folder, composition, plan)
     return dress(model, composition, plan.workload, rates, seed=plan.seed, store=store)
 
 
@@ -276,12 +276,13 @@ def _materialise_(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def _load(folder: Path, composition: Composition, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _load(folder: Path, composition: Composition, plan: Plan) -> PreTrainedModel:
+    dtype = DTYPES[plan.model.dtype]
     if composition.weights is not None:
         with no_progress_bars():
-            texts = calibration_texts(folder, composition.weights, seed=seed)
+            texts = calibration_texts(folder, composition.weights, seed=plan.seed)
             return load_and_compress(folder, composition.weights, dtype=dtype, texts=texts)
-    return load(folder, dtype)
+    return load(folder, dtype, size_bytes=plan.model.size_bytes)
 
 
 def _cache(model: PreTrainedModel, composition: Composition, workload: Workload) -> Callable[[], Cache] | None:

@@ -18,10 +18,7 @@ from pintpot.jobs.documents import Document, read_documents
 from pintpot.jobs.load import load_tokenizer
 from pintpot.jobs.text import TextSettings, encode_parts, longest_context, require_range
 from pintpot.reference.corpus import read_corpus
-from pintpot.weights._base import WeightMethod
-
-ROWS_AT_ONCE = 4
-"""Sequences that the model reads together."""
+from pintpot.weights._base import ROWS_AT_ONCE, WeightMethod
 
 CHARACTERS_A_TOKEN = 8
 """More than a token has on average: so much text is encoded for each that is wanted."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
 from pintpot.core.errors import BudgetError, CompositionError, PlanError
 from pintpot.core.expression import expression, parse
 from pintpot.core.ledger import Tier
+from pintpot.core.model_folder import open_model
 from pintpot.core.plan import Plan
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
-from pintpot.core.units import format_bytes
+from pintpot.core.units import format_bytes, parse_bytes
 from pintpot.core.workload import Budget, Workload, workload_from_dict
 from pintpot.jobs.dtypes import DTYPES
 from pintpot.jobs.model_source import model_folder
-from pintpot.jobs.packed_shape import PackedShape, shape_of_folder, with_dtype
+from pintpot.jobs.packed_shape import PackedShape, as_planned, in_size, shape_of_folder
 from pintpot.jobs.plan import PLAIN, plan_from_file
 from pintpot.jobs.plan import plan as make_plan
 from pintpot.planner.solve import flags
@@ -34,6 +36,8 @@ class Wish:
         techniques: an expression such as ``"rtn4*kivi2"``: use exactly these.
         plan: a plan, or a plan file: run it as it is.
         exclude: names of techniques never to choose.
+        weights_size: most bytes of the weights, such as ``"12MiB"``, of a folder that can be loaded in any size. When
+            absent it is loaded whole, or where that does not fit into the budget, as much of it as does.
         dtype: name of the dtype to hold weights in; when absent, the model's own for generation, and float32 for
             training (an update of the usual size is lost in a bfloat16 weight).
         seed: for every random choice.
@@ -43,6 +47,7 @@ class Wish:
     techniques: str | tuple[Technique, ...] | None = None
     plan: Plan | Path | None = None
     exclude: tuple[str, ...] = ()
+    weights_size: str | int | None = None
     dtype: str | None = None
     seed: int = 0
 
@@ -57,16 +62,18 @@ def workload_of(job: str, sizes: Mapping[str, int | None]) -> Workload:
 
 
 def shape_of(model: str | Path, workload: Workload, wish: Wish, task: str | None = None) -> ModelShape:
-    """The shape of a model in the dtype that the job will hold it in, and switched to a task where it is merged.
+    """The shape of a model as the job will hold it: in its dtype, in the size and for the task that were asked for.
 
     Raises:
-        CompositionError: when it has no such task.
+        BudgetError: when the size is too small.
+        CompositionError: when it has no such task, or a size was asked for and the model has only one.
         PlanError: when the dtype is unknown.
     """
     if wish.dtype is not None and wish.dtype not in DTYPES:
         raise PlanError(f"unknown dtype {wish.dtype!r}", hint=f"one of: {', '.join(DTYPES)}")
     dtype = DTYPES[wish.dtype] if wish.dtype else (torch.float32 if workload.training else None)
-    return shape_of_folder(model_folder(model), dtype, task)
+    shape = shape_of_folder(model_folder(model), dtype, task)
+    return shape if wish.weights_size is None else in_size(shape, parse_bytes(wish.weights_size))
 
 
 def choose(model: str | Path, workload: Workload, wish: Wish, task: str | None = None) -> Plan:
@@ -93,9 +100,36 @@ def choose(model: str | Path, workload: Workload, wish: Wish, task: str | None =
             refuse_packed(shape, workload, asked)
         methods = (name for name, kind in techniques("weights").items() if not kind.facts.part)
         excluded = (*wish.exclude, *(methods if packed else ()))
-        plan = make_plan(shape, workload, wish.budget, techniques=asked, exclude=excluded, seed=wish.seed)
+        try:
+            plan = make_plan(shape, workload, wish.budget, techniques=asked, exclude=excluded, seed=wish.seed)
+        except BudgetError:
+            if not _may_shrink(shape, wish):
+                raise
+            plan = make_plan(shape, workload, wish.budget, techniques=(), seed=wish.seed)
+        if _may_shrink(shape, wish):
+            plan = _shrunk(plan, shape)
     if packed:
         refuse_packed(shape, workload, plan.techniques)
+    return plan
+
+
+def _may_shrink(shape: ModelShape, wish: Wish) -> TypeGuard[PackedShape]:
+    return isinstance(shape, PackedShape) and shape.ranked and wish.weights_size is None
+
+
+def _shrunk(plan: Plan, shape: PackedShape) -> Plan:
+    """The plan with as much of the weights as fits beside everything else, for a folder that is ranked.
+
+    Raises:
+        BudgetError: when not even the first term of each weight does.
+    """
+    limit = plan.budget.device
+    if limit is None:
+        return plan
+    size = open_model(shape.name).weight_bytes
+    while (excess := plan.predicted.peak_bytes() - limit) > 0:
+        size -= excess
+        plan = make_plan(in_size(shape, size), plan.workload, plan.budget, techniques=plan.techniques, seed=plan.seed)
     return plan
 
 
@@ -143,6 +177,8 @@ def refuse_packed(shape: ModelShape, workload: Workload, chosen: Sequence[Techni
 def _given(given: Plan | Path, shape: ModelShape, workload: Workload) -> Plan:
     """A given plan, predicted anew where the job's sizes are not those that it was made for."""
     plan = plan_from_file(given, shape) if isinstance(given, Path) else given
+    if isinstance(shape, PackedShape) and shape.size_bytes is not None:
+        raise PlanError("a plan says itself how much of the weights is loaded", hint="leave out the size")
     if plan.model.fingerprint != shape.fingerprint:
         raise PlanError(
             f"the plan was written for another model ({plan.model.name}), not for {shape.name}",
@@ -155,5 +191,5 @@ def _given(given: Plan | Path, shape: ModelShape, workload: Workload) -> Plan:
         )
     if plan.workload == workload:
         return plan
-    held = with_dtype(shape, DTYPES[plan.model.dtype])
+    held = as_planned(shape, plan.model)
     return make_plan(held, workload, plan.budget, techniques=plan.techniques, seed=plan.seed)

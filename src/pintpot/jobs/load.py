@@ -26,12 +26,13 @@ OURS = "pintpot"
 """The ``quant_method`` of folders that Pintpot compressed."""
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(model: str | Path, dtype: torch.dtype | None = None, *, size_bytes: int | None = None) -> PreTrainedModel:
     """A model in evaluation mode, from a folder (dense, or compressed by Pintpot) or a hub name.
 
     Args:
         model: the folder or name.
         dtype: to hold dense weights in; as stored when ``None``. A compressed folder keeps its own.
+        size_bytes: most bytes of all tensors, of a folder that can be loaded in any size.
 
     Raises:
         ModelFolderError: when the folder is incomplete, corrupt or unsafe, or weights hold NaN or Inf.
@@ -47,7 +48,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel
             hint="give the dense model, or load this one with transformers",
         )
     with no_progress_bars():
-        return load_compressed(opened.path)
+        return load_compressed(opened.path, size_bytes=size_bytes)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

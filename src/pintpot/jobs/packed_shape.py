@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pintpot.core.errors import CompositionError
+from pintpot.core.model_folder import open_model
+from pintpot.core.plan import ModelIdentity
 from pintpot.core.shape import ModelShape
 from pintpot.weights import PintpotConfig
 from pintpot.weights._base import describe
+from pintpot.weights.fitting import fit
 from pintpot.weights.quantizer import QUANT_METHOD
 from pintpot.weights.routing import routed_layout
 
@@ -23,9 +27,16 @@ class PackedShape(ModelShape):
 
     Attributes:
         packing: how the weights were packed; ``None`` means that they were not.
+        size_bytes: most bytes of the tensors that are loaded; None for all.
     """
 
     packing: PintpotConfig | None = None
+    size_bytes: int | None = None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the folder can be loaded in any size."""
+        return self.packing is not None and self.packing.order is not None
 
     @property
     def packed_as(self) -> str:
@@ -63,6 +74,32 @@ def shape_of_folder(folder: Path, dtype: torch.dtype | None = None, task: str | 
         return shape
     own = ModelShape.from_folder(folder)
     return PackedShape(own.config, own.dtype, own.name, PintpotConfig(**settings))
+
+
+def in_size(shape: ModelShape, size_bytes: int) -> PackedShape:
+    """The shape of as much of a folder as fits into a size.
+
+    Args:
+        shape: of the whole folder, which it names.
+        size_bytes: most bytes of all tensors.
+
+    Raises:
+        BudgetError: when the first term of each weight is too much.
+        CompositionError: when the folder has one size only.
+    """
+    if not isinstance(shape, PackedShape) or not shape.ranked:
+        raise CompositionError(
+            f"{shape.name} has one size only", hint="leave out the size, or give a folder compressed with bitstack"
+        )
+    part = fit(open_model(shape.name), size_bytes)
+    packing = PintpotConfig(**(part.opened.quantization or {}))
+    return replace(shape, packing=packing, size_bytes=size_bytes)
+
+
+def as_planned(shape: ModelShape, model: ModelIdentity) -> ModelShape:
+    """A model's shape in the size and the dtype of a plan."""
+    sized = shape if model.size_bytes is None else in_size(shape, model.size_bytes)
+    return with_dtype(sized, getattr(torch, model.dtype))
 
 
 def with_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from pintpot.core import registry
 from pintpot.core.expression import parse
 from pintpot.core.ledger import Ledger, Moment
@@ -17,7 +15,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.workload import Budget, Compress, Generate, Workload
 from pintpot.jobs.model_source import model_folder
-from pintpot.jobs.packed_shape import shape_of_folder, with_dtype
+from pintpot.jobs.packed_shape import PackedShape, as_planned, shape_of_folder
 from pintpot.jobs.simulate import simulate
 from pintpot.ledger.forecast import baseline_work, forecast
 from pintpot.ledger.machine import Machine
@@ -91,7 +89,7 @@ def plan_from_file(path: str | Path, model: ModelShape | str | Path, *, machine:
     read = read_plan(path, shape)
     if read.predicted.moments:
         return read
-    held = with_dtype(shape, getattr(torch, read.model.dtype))
+    held = as_planned(shape, read.model)
     return plan(held, read.workload, read.budget, techniques=read.techniques, machine=machine, seed=read.seed)
 
 
@@ -160,7 +158,12 @@ def _is_small(shape: ModelShape, workload: Workload) -> bool:
 def _plan(problem: Problem, solution: Solution, rejected: tuple[Rejection, ...], seed: int) -> Plan:
     shape = problem.shape
     return Plan(
-        model=ModelIdentity(shape.name, shape.fingerprint, str(shape.dtype).removeprefix("torch.")),
+        model=ModelIdentity(
+            shape.name,
+            shape.fingerprint,
+            str(shape.dtype).removeprefix("torch."),
+            shape.size_bytes if isinstance(shape, PackedShape) else None,
+        ),
         workload=problem.workload,
         budget=problem.budget,
         techniques=solution.techniques,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -42,7 +43,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-able facts: bytes, seconds and expressions."""
     forecast = plan.forecast
     return {
-        "model": {"name": plan.model.name, "fingerprint": plan.model.fingerprint, "dtype": plan.model.dtype},
+        "model": {key: value for key, value in asdict(plan.model).items() if value is not None},
         "workload": plan.workload.to_dict(),
         "budget": plan.budget.to_dict(),
         "techniques": [
@@ -78,7 +79,9 @@ def summary(technique: Technique) -> str:
 def headline(plan: Plan) -> str:
     """Which job of which model, within what."""
     sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in plan.workload.to_dict().items() if k != "job")
-    return f"{plan.workload.job} with {plan.model.name or 'the model'} ({plan.model.dtype}; {sizes}), {_budget(plan)}"
+    part = "" if plan.model.size_bytes is None else f", {format_bytes(plan.model.size_bytes)} of its weights"
+    name = plan.model.name or "the model"
+    return f"{plan.workload.job} with {name} ({plan.model.dtype}{part}; {sizes}), {_budget(plan)}"
 
 
 def verdict(plan: Plan) -> str:

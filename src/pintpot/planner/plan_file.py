@@ -75,8 +75,9 @@ def read_plan(path: str | Path, shape: ModelShape | None = None) -> Plan:
 
 def digest(plan: Plan) -> str:
     """What a prediction belongs to: a digest of the model, workload, budget and techniques."""
+    size = plan.model.size_bytes
     asked = [
-        [plan.model.fingerprint, plan.model.dtype],
+        [plan.model.fingerprint, plan.model.dtype, *([] if size is None else [size])],
         plan.workload.to_dict(),
         plan.budget.to_dict(),
         expression(plan.techniques),
@@ -107,6 +108,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  name: {_scalar(plan.model.name)}"
     yield f"  fingerprint: {_scalar(plan.model.fingerprint)}  # of the architecture: the plan fits no other"
     yield f"  dtype: {_scalar(plan.model.dtype)}"
+    if plan.model.size_bytes is not None:
+        yield f"  size_bytes: {plan.model.size_bytes}  # {format_bytes(plan.model.size_bytes)} of weights are loaded"
     yield "workload:"
     yield from (f"  {name}: {_scalar(value)}" for name, value in plan.workload.to_dict().items())
     yield "budget:" if plan.budget.to_dict() else "budget: {}  # no limit"
@@ -155,8 +158,11 @@ def _ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 
 def _read_model(entry: Entry, shape: ModelShape | None) -> ModelIdentity:
-    parts = entry.fields(("name", "fingerprint", "dtype"), ("name", "fingerprint", "dtype"))
-    model = ModelIdentity(*(parts[key].text() for key in ("name", "fingerprint", "dtype")))
+    required = ("name", "fingerprint", "dtype")
+    parts = entry.fields((*required, "size_bytes"), required)
+    size = parts["size_bytes"].whole() if "size_bytes" in parts else None
+    name, fingerprint, dtype = (parts[key].text() for key in required)
+    model = ModelIdentity(name, fingerprint, dtype, size)
     if model.dtype not in _DTYPES:
         raise parts["dtype"].error(f"unknown dtype {model.dtype!r}", f"one of: {', '.join(_DTYPES)}")
     if shape is not None and shape.fingerprint != model.fingerprint:

@@ -42,6 +42,7 @@ TECHNIQUES: tuple[str, ...] = (
     "pams",
     "pychop",
     "q_bert",
+    "q_hyvit",
     "qfx_fixed_point",
     "quamba",
     "rtn",

@@ -20,7 +20,7 @@ from pintpot.core.ledger import Ledger
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
-from pintpot.core.workload import Workload
+from pintpot.core.workload import Compress, Workload
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.ranked import RankedLayout
 from pintpot.weights.statistics import BlockCall, InputStatistics
@@ -38,6 +38,9 @@ Evidence = Mapping[str, Mapping[str, Tensor]]
 Texts = Sequence[Tensor | Mapping[str, Tensor]]
 """What a model is run on to calibrate: batches of token ids int64 (B, T) without padding, or of any inputs by name."""
 
+
+ROWS_AT_ONCE = 4
+"""Sequences of texts that a model reads together when it is calibrated."""
 
 SECONDS_A_NUMBER = 5e-6
 """What finding a number's code takes a method that looks at activations, on two cores: hours for billions of them."""
@@ -279,6 +282,23 @@ class WeightMethod(Technique):
         from pintpot.weights.forecast import packed_work
 
         return packed_work(self, work, shape, workload)
+
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Bytes of temporaries that ``find`` makes for a weight (O, I) of a dtype, beside what it is given and gives.
+
+        Unless overridden those of rounding rows to nearest, and for a calibrated method of two copies in 32 bits of
+        the weight and of its inputs' second moments.
+        """
+        from pintpot.weights.forecast import encoding_bytes
+
+        copies = 8 * (in_features**2 + out_features * in_features) if self.calibrated else 0
+        return copies + encoding_bytes(out_features, in_features, dtype)
+
+    def applying_bytes(self, shape: ModelShape, workload: Compress) -> int:
+        """Most bytes of tensors that are held at a time while a folder is compressed, the model's own among them."""
+        from pintpot.weights.forecast import compression_peak
+
+        return compression_peak(self, shape, workload)
 
     def seconds_to_apply(self, shape: ModelShape, workload: Workload) -> float:
         """A rough figure for methods that look at activations: they are meant to be applied once, into a folder."""

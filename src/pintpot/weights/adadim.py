@@ -33,6 +33,7 @@ from pintpot.weights.compensation import compensate_, inverse_factor
 from pintpot.weights.formats import Format, Grid, Tensors, Transposed
 from pintpot.weights.formats._base import prefixed
 from pintpot.weights.gptq import GPTQ
+from pintpot.weights.rtn import RTN
 from pintpot.weights.statistics import InputStatistics
 from pintpot.weights.targets import Target
 
@@ -136,6 +137,10 @@ class AdaDim(WeightMethod):
         if isinstance(layout, Transposed) and isinstance(layout.inner, Grid):
             return (compensated_across(weight.float(), layout.inner, inputs.hessian),)
         return super().find(name, weight, formats)
+
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """The base's."""
+        return (GPTQ if self.base == "gptq" else RTN)().finding_bytes(out_features, in_features, dtype)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""

@@ -102,6 +102,10 @@ class AWQ(WeightMethod):
             stored |= {f"inner_{k}": t for k, t in grid.store(grid.round(scaled, step, zero), step, zero).items()}
         return (stored,)
 
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Seven matrices like the weight in 32 bits, its codes, and the Hessian of the scaled inputs."""
+        return 29 * out_features * in_features + 4 * in_features**2
+
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
         return risk_between(RISES, self.bits_a_weight(shape))

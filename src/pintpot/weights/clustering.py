@@ -29,10 +29,19 @@ def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
     return found
 
 
+def distance_bytes(vectors: int, entries: int) -> int:
+    """Bytes of the distances that are held at a time for so many vectors and entries."""
+    return 4 * entries * min(vectors, _vectors_at_once(entries))
+
+
+def _vectors_at_once(entries: int) -> int:
+    return max(1, DISTANCE_BYTES // (4 * entries))
+
+
 def _distances(vectors: Tensor, entries: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Half the squared distances of some vectors at a time, less half of their own squared length."""
     lengths = entries.square().sum(1) / 2
-    step = max(1, DISTANCE_BYTES // (4 * entries.shape[0]))
+    step = _vectors_at_once(entries.shape[0])
     for start in range(0, vectors.shape[0], step):
         part = slice(start, start + step)
         yield part, torch.addmm(lengths, vectors[part], entries.t(), alpha=-1)

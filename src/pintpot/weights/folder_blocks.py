@@ -72,7 +72,7 @@ class FolderBlocks:
 
 def _away(like: Tensor) -> Tensor:
     """What stands for a tensor that is elsewhere: its shape, and one number."""
-    return torch.zeros((1,) * max(1, like.dim()), dtype=like.dtype).expand(like.shape if like.dim() else (1,))
+    return torch.zeros((1,) * like.dim(), dtype=like.dtype).expand(like.shape)
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,21 +9,15 @@ import torch
 from pintpot.core.ledger import Account, Ledger, Moment, Tier
 from pintpot.core.shape import ModelShape
 from pintpot.core.work import Work
-from pintpot.core.workload import Generate, Train, Workload
+from pintpot.core.workload import Compress, Generate, Train, Workload
 from pintpot.kernels import native
 from pintpot.kernels.grid import FEW_ROWS
-from pintpot.weights._base import Layout, WeightMethod
+from pintpot.weights._base import ROWS_AT_ONCE, Layout, WeightMethod
 from pintpot.weights.formats.grid import ENCODE_ELEMENTS
 from pintpot.weights.targets import Target, find_targets
 
 MULTIPLYING = ("prefill", "decode", "forward", "backward")
 """Phases in which packed weights are multiplied."""
-
-CALIBRATION_TOKENS = 128 * 512
-"""Tokens of texts whose hidden states are held while a model is calibrated block by block: the job's default."""
-
-WHOLE_TOKENS = 2048
-"""Tokens of the batch that a whole model is taken to be differentiated on."""
 
 _KEPT: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {}
 _LAYOUTS: dict[tuple[str, torch.dtype, WeightMethod], Layout] = {}
@@ -75,7 +69,7 @@ def packed_ledger(method: WeightMethod, ledger: Ledger, shape: ModelShape, workl
     """The ledger with packed weights; compressing a folder is one phase, ``apply``, with the output on disk."""
     layout = layout_of(shape, method)
     change, workspace = packed_change(shape, layout), product_workspace(shape, layout)
-    loading = compression_peak(shape, method)
+    loading = method.applying_bytes(shape, workload if isinstance(workload, Compress) else Compress())
     if workload.job == "compress":
         whole = shape.weight_bytes + change if method.converts else 0
         apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, loading + whole)
@@ -104,46 +98,54 @@ def packed_work(method: WeightMethod, work: Work, shape: ModelShape, workload: W
     return work
 
 
-def compression_peak(shape: ModelShape, method: WeightMethod) -> int:
+def compression_peak(method: WeightMethod, shape: ModelShape, workload: Compress) -> int:
     """Bytes of temporaries while compressing a folder or loading it compressed.
 
     Without calibration one dense parameter at a time; experts lie one by one in checkpoints, so that putting them
-    together holds them twice. With it a block, dense and packed, the statistics of its inputs with two copies of the
-    largest (a factorisation), and the hidden states of the texts. A method that looks at the whole model has all of it
-    in memory, and differentiates it.
+    together holds them twice. With it a block, dense and packed, the statistics of its inputs, the hidden states of
+    the texts, and the temporaries of finding one matrix. A method that looks at the whole model has all of it in
+    memory, and differentiates it.
     """
     layout = layout_of(shape, method)
     replaced = replaced_in(shape, layout)
-    largest = max(
-        t.numel * t.dtype.itemsize * (2 if t.matrices > 1 else 1) + t.nbytes(layout[t.parameter])
-        for t in _kinds(replaced, layout)
-    )
-    names = {t.parameter for t in replaced}
-    others = max((p.nbytes for p in shape.parameters if p.name not in names), default=0)
-    together = min(ENCODE_ELEMENTS, max(t.numel // t.matrices for t in _kinds(replaced, layout)))
-    encoding = _encode_temporaries(shape.dtype) * together
-    if not method.calibrated:
-        return max(largest, others) + encoding
-    peak = _calibrated_peak(shape, layout, replaced)
-    if method.looks_at_whole:
-        peak = max(peak, _whole_peak(shape, replaced))
-    # What is remembered is taken to be a number of 32 bits for each weight.
-    return peak + encoding + (4 * sum(t.numel for t in replaced) if method.remembers else 0)
+    finding = max(method.finding_bytes(t.shape[-2], t.shape[-1], t.dtype) for t in _kinds(replaced, layout))
+    if not method.works_on_blocks:
+        largest = max(
+            t.numel * t.dtype.itemsize * (2 if t.matrices > 1 else 1) + t.nbytes(layout[t.parameter])
+            for t in _kinds(replaced, layout)
+        )
+        names = {t.parameter for t in replaced}
+        others = max((p.nbytes for p in shape.parameters if p.name not in names), default=0)
+        return max(largest, others) + finding
+    peak = _block_peak(method, shape, workload, layout, replaced) + finding
+    tokens = min(ROWS_AT_ONCE, workload.samples) * workload.tokens
+    return max(peak, _whole_peak(shape, replaced, tokens)) if method.looks_at_whole else peak
 
 
-def _calibrated_peak(shape: ModelShape, layout: Layout, replaced: Sequence[Target]) -> int:
+def _block_peak(
+    method: WeightMethod, shape: ModelShape, workload: Compress, layout: Layout, replaced: Sequence[Target]
+) -> int:
+    """What is held while the matrices of a block are found, one after the other."""
     blocks: dict[str, int] = {}
     statistics: dict[str, int] = {}
     for t in replaced:
-        blocks[t.block] = blocks.get(t.block, 0) + t.numel * t.dtype.itemsize + t.nbytes(layout[t.parameter])
+        dense = t.numel * t.dtype.itemsize
+        blocks[t.block] = blocks.get(t.block, 0) + dense + t.nbytes(layout[t.parameter])
         statistics[t.block] = statistics.get(t.block, 0) + 4 * t.matrices * t.shape[-1] ** 2
-    factors = 2 * 4 * max(t.shape[-1] ** 2 + t.shape[-2] * t.shape[-1] for t in replaced)
     outside = sum(p.nbytes for p in shape.parameters if not p.block)
-    hidden = CALIBRATION_TOKENS * shape.config.get_text_config().hidden_size * shape.dtype.itemsize
-    return outside + max(blocks.values()) + max(statistics.values()) + factors + 2 * hidden
+    reads = method.calibrated or method.refines
+    states = workload.samples * workload.tokens * (2 if method.refines else 1)
+    hidden = states * _hidden_width(shape) * shape.dtype.itemsize if reads else 0
+    return outside + max(blocks.values()) + (max(statistics.values()) if method.calibrated else 0) + hidden
 
 
-def _whole_peak(shape: ModelShape, replaced: Sequence[Target]) -> int:
+def _hidden_width(shape: ModelShape) -> int:
+    """Numbers of a hidden state; where stages differ, of the widest input of a matrix."""
+    width = getattr(shape.config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) else max(t.shape[-1] for t in targets_of(shape))
+
+
+def _whole_peak(shape: ModelShape, replaced: Sequence[Target], tokens: int) -> int:
     """The dense model, four copies of a block's matrices in 32 bits, and what a backward pass keeps of its texts.
 
     That is taken to be the input and the output of each matrix, and the logits with two copies in 32 bits.
@@ -151,18 +153,24 @@ def _whole_peak(shape: ModelShape, replaced: Sequence[Target]) -> int:
     blocks: dict[str, int] = {}
     for t in replaced:
         blocks[t.block] = blocks.get(t.block, 0) + t.numel
+    return shape.weight_bytes + 16 * max(blocks.values()) + kept_bytes(shape, replaced, tokens, shape.dtype)
+
+
+def kept_bytes(shape: ModelShape, replaced: Sequence[Target], tokens: int, dtype: torch.dtype) -> int:
+    """What a forward pass over so many tokens keeps for the backward pass: both sides of each matrix, and logits."""
     sides = sum(t.shape[-1] + t.shape[-2] for t in replaced)
-    logits = shape.config.get_text_config().vocab_size * (shape.dtype.itemsize + 8)
-    kept = WHOLE_TOKENS * (sides * shape.dtype.itemsize + logits)
-    return shape.weight_bytes + 16 * max(blocks.values()) + kept
+    config = shape.config.get_text_config()
+    classes: int = getattr(config, "vocab_size", None) or config.num_labels  # type: ignore[assignment]  # any kind has
+    return tokens * (sides * dtype.itemsize + classes * (dtype.itemsize + 8))
 
 
-def _encode_temporaries(dtype: torch.dtype) -> int:
-    """Bytes for each number of the rows that are encoded together: the float32 block, codes, groups' extremes.
+def encoding_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Temporaries of rounding a weight to nearest, some rows at a time: float32 numbers, codes, groups' extremes.
 
     A weight of 16 bits is made float32 first, and packing without the compiled kernel has temporaries of its own.
     """
-    return 8 + (0 if dtype is torch.float32 else 4) + (0 if native.library() is not None else 4)
+    each = 8 + (0 if dtype is torch.float32 else 4) + (0 if native.library() is not None else 4)
+    return each * min(ENCODE_ELEMENTS, out_features * in_features)
 
 
 def multiplies_packed(layout: Layout, rows: int) -> bool:

@@ -150,6 +150,10 @@ class MinifloatPTQ(WeightMethod):
         better = row_errors(grid.value(codes, scale) - weight, moments) < first
         return torch.where(better[:, None], codes, nearest)
 
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Eighteen matrices like the weight in 32 bits while rounding is learned, and the equalised second moments."""
+        return 72 * out_features * in_features + 4 * in_features**2
+
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
         return risk_between(RISES, self.bits_a_weight(shape))

@@ -136,6 +136,10 @@ class SVDQuant(WeightMethod):
         noise = ((rounded / scale).square().sum(0) * step.square().repeat_interleave(size)[:columns] / 12).sum()
         return float(wrong + noise)
 
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Five decompositions to choose from, and the temporaries of the next."""
+        return 48 * out_features * in_features
+
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
         return risk_between(RISES, self.bits_a_weight(shape))

@@ -17,7 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pintpot.core.errors import UnsupportedModel
+from pintpot.core.shape import ModelShape
+from pintpot.core.workload import Compress
 from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod
+from pintpot.weights.forecast import kept_bytes, layout_of, replaced_in
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.modules import place_
 from pintpot.weights.replace import report_of
@@ -131,6 +134,17 @@ class TrainedMethod(WeightMethod):
     ) -> tuple[Tensors, ...]:
         """The starting point, packed."""
         return self.stand_in(name, weight, formats, inputs).terms(formats)
+
+    def applying_bytes(self, shape: ModelShape, workload: Compress) -> int:
+        """The model in 32 bits with gradients and Adam's moments, the dense one too where it teaches, and activations.
+
+        Each stand-in's weight is made of two more matrices. Beside the matrices' inputs and outputs and the logits, a
+        pass keeps half as much again.
+        """
+        replaced = replaced_in(shape, layout_of(shape, self))
+        teacher = type(self).objective is not TrainedMethod.objective
+        kept = kept_bytes(shape, replaced, workload.batch * workload.tokens, torch.float32)
+        return 4 * (5 if teacher else 4) * shape.numel + 8 * sum(t.numel for t in replaced) + kept * 3 // 2
 
     def prepare_(self, model: PreTrainedModel, texts: Texts = ()) -> Layout:
         """Put stand-ins in the place of a dense model's weights; everything else of the model can be trained too.

@@ -36,9 +36,10 @@ from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Source, technique
-from pintpot.core.workload import Workload
+from pintpot.core.workload import Compress, Workload
 from pintpot.weights._base import Evidence, Layout, Texts, WeightMethod, risk_between
 from pintpot.weights.examined import ExaminedLayout, Replaced
+from pintpot.weights.forecast import targets_of
 from pintpot.weights.formats import Dense, Format, Grid, LowRank, Tensors
 from pintpot.weights.gradients import each_gradient, samples
 from pintpot.weights.paused import hidden_of
@@ -203,6 +204,10 @@ class UltraLowBitPartialRetraining(WeightMethod):
                     if loss.requires_grad:
                         loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
                         optimizer.step()
+
+    def applying_bytes(self, shape: ModelShape, workload: Compress) -> int:
+        """As of every method, and the saliencies."""
+        return super().applying_bytes(shape, workload) + 4 * sum(t.numel for t in targets_of(shape))
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""

@@ -33,7 +33,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.weights._base import WeightMethod, risk_between
-from pintpot.weights.clustering import nearest
+from pintpot.weights.clustering import distance_bytes, nearest
 from pintpot.weights.compensation import compensate_, inverse_factor
 from pintpot.weights.formats import Codebook, Format, Scaled, SplitInput, Tensors, Transposed
 from pintpot.weights.formats._base import prefixed
@@ -184,6 +184,16 @@ class VPTQ(WeightMethod):
         by_channel = order.argsort()
         drafts[0].indices = [index[by_channel] for index in drafts[0].indices]
         return prefixed("inner_", drafts[0].store())
+
+    def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """The distances of vectors from entries, the sums of k-means in 64 bits, and GPTQ's matrices."""
+        layout = self.terms("", out_features, in_features, dtype)[0]
+        places = _places(layout.inner if isinstance(layout, Scaled) else layout, in_features)
+        distances = max(
+            distance_bytes((place.stop - place.start) * book.count(out_features), 1 << max(book.stages))
+            for book, place in places
+        )
+        return distances + 60 * out_features * in_features + 20 * in_features**2
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
