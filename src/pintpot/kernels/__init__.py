@@ -6,6 +6,7 @@ from pintpot.kernels import ops_grid as ops_grid
 from pintpot.kernels import ops_lookup as ops_lookup
 from pintpot.kernels import ops_rounding as ops_rounding
 from pintpot.kernels import ops_tables as ops_tables
+from pintpot.kernels import ops_tiles as ops_tiles
 from pintpot.kernels import planes as planes
 from pintpot.kernels.attend import (
     Attended,
@@ -23,6 +24,7 @@ from pintpot.kernels.low_rank import low_rank_matmul, low_rank_workspace
 from pintpot.kernels.packing import pack, packed_size, restore, unpack
 from pintpot.kernels.sparse import GridNumbers, sparse_decode, sparse_matmul, sparse_matmul_serves
 from pintpot.kernels.tiled import tiled_matmul, tiled_matmul_serves
+from pintpot.kernels.tiles import dequantize_tiles, pack_tiles, tiles_matmul
 
 __all__ = [
     "AdamRates",
@@ -36,12 +38,14 @@ __all__ = [
     "attend_serves",
     "dequantize",
     "dequantize_planes",
+    "dequantize_tiles",
     "grid_matmul",
     "lut_matmul",
     "low_rank_matmul",
     "low_rank_workspace",
     "pack",
     "pack_planes",
+    "pack_tiles",
     "packed_adam_",
     "packed_adam_serves",
     "packed_size",
@@ -52,6 +56,7 @@ __all__ = [
     "sparse_matmul_serves",
     "tiled_matmul",
     "tiled_matmul_serves",
+    "tiles_matmul",
     "unpack",
     "workspace_bytes",
 ]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pintpot.kernels import native
+from pintpot.kernels import gpu, native
 from pintpot.kernels.packing import restore
 
 FEW_QUERIES = 16
@@ -90,13 +90,12 @@ def reads_packed(queries: int) -> bool:
 
 
 def attend_serves(query: Tensor, blocks: Sequence[PackedBlock | Float8Block]) -> bool:
-    """Whether there is a compiled kernel for these queries and blocks."""
-    return (
-        0 < query.shape[2] <= FEW_QUERIES
-        and query.dtype == torch.float32
-        and blocks[0].key_scale.dtype in native.DTYPES
-        and native.serves(query.contiguous(), *_listed(blocks)[0])
-    )
+    """Whether there is a kernel for these queries and blocks: on the CPU, or for integers on a GPU."""
+    if query.dtype != torch.float32 or blocks[0].key_scale.dtype not in native.DTYPES:
+        return False
+    given = query.contiguous(), *_listed(blocks)[0]
+    on_gpu = isinstance(blocks[0], PackedBlock) and gpu.serves(*given)
+    return 0 < query.shape[2] <= FEW_QUERIES and (on_gpu or native.serves(*given))
 
 
 def attend_packed(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from pintpot.kernels import native
+from pintpot.kernels import gpu, native
 from pintpot.kernels.packing import unpack
 
 WORKSPACE_BYTES = 16 << 20
@@ -61,7 +61,8 @@ def dequantize(
     Returns:
         (..., I) in ``dtype``.
     """
-    if dtype in native.DTYPES and in_features and native.serves(packed, scale, zero):
+    stored = packed, scale, zero
+    if dtype in native.DTYPES and in_features and (native.serves(*stored) or gpu.serves(*stored)):
         dense: Tensor = torch.ops.pintpot.grid_dequantize(packed, scale, zero, bits, group_size, in_features, dtype)
         return dense
     return dequantize_definition(packed, scale, zero, bits, group_size, in_features, dtype)
@@ -114,8 +115,10 @@ class _GridMatmul(torch.autograd.Function):
 
 def _product(flat: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, layout: dict[str, int]) -> Tensor:
     """Few rows of input times packed storage as it is; many times strips of it that are made dense."""
-    few = 0 < flat.shape[0] <= FEW_ROWS and flat.dtype in native.DTYPES
-    if few and layout["in_features"] and native.serves(flat, packed, scale, zero):
+    count, operands = flat.shape[0], (flat, packed, scale, zero)
+    known = count and layout["in_features"] and flat.dtype in native.DTYPES
+    on_cpu = count <= FEW_ROWS and native.serves(*operands)
+    if known and (on_cpu or (count <= gpu.MOST_ROWS and gpu.serves(*operands))):
         bits, group_size = layout["bits"], layout["group_size"]
         product: Tensor = torch.ops.pintpot.grid_matmul(flat, packed, scale, zero, bits, group_size)
         return product

@@ -68,12 +68,15 @@ def serves(*tensors: Tensor | None) -> bool:
 
     Fake tensors are judged as the real ones that they stand for, so that a rehearsal takes the path of the run.
     """
+    return takes("cpu", *tensors) and library() is not None
+
+
+def takes(device_type: str, *tensors: Tensor | None) -> bool:
+    """Whether tensors are contiguous and on devices of this type, and no gradient is to flow to them."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if any(t.device.type != "cpu" or t.layout is not torch.strided or not t.is_contiguous() for t in given):
+    if any(t.device.type != device_type or t.layout is not torch.strided or not t.is_contiguous() for t in given):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return False
-    return library() is not None
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:

@@ -50,7 +50,7 @@ def _attend_packed(
     value_group: int,
     softcap: float,
 ) -> Result:
-    found = _packed_shape(query, stored, tokens, bits, key_group, value_group, softcap)
+    found = packed_shape(query, stored, tokens, bits, key_group, value_group, softcap)
     blocks = [
         _Block(*(t.data_ptr() for t in block), count, block[3].shape[2]) for block, count in _each(stored, 6, tokens)
     ]
@@ -59,7 +59,7 @@ def _attend_packed(
     return found
 
 
-def _packed_shape(
+def packed_shape(
     query: Tensor,
     stored: Sequence[Tensor],
     tokens: Sequence[int],
@@ -68,6 +68,11 @@ def _packed_shape(
     value_group: int,
     softcap: float,
 ) -> Result:
+    """Empty results of ``attend_packed``.
+
+    Raises:
+        ShapeError: when the sizes do not belong together.
+    """
     _check_query(query, stored, 6, tokens, softcap)
     if key_group < 1 or value_group < 1:
         raise ShapeError(f"groups of {key_group} tokens and {value_group} channels cannot be", hint=HINT)
@@ -158,7 +163,7 @@ native.register(
     "attend_packed(Tensor query, Tensor[] stored, int[] tokens, int bits, int key_group, int value_group,"
     " float softcap) -> (Tensor, Tensor, Tensor)",
     _attend_packed,
-    _packed_shape,
+    packed_shape,
 )
 native.register(
     "attend_fp8(Tensor query, Tensor[] stored, int[] tokens, float softcap) -> (Tensor, Tensor, Tensor)",

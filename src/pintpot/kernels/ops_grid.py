@@ -111,10 +111,10 @@ def _restore_shape(packed: Tensor, scale: Tensor, low: Tensor, bits: int, group_
 
 
 def check_grid(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> None:
-    """Refuse tensors that are no grid of these sizes.
+    """Refuse tensors that are no grid of so many columns, bits and groups of this size; ``columns`` may not be 0.
 
     Raises:
-        ShapeError: naming the sizes.
+        ShapeError: naming the shapes.
     """
     rows, groups = packed.shape[:-1], -(-columns // max(1, group_size))
     shaped = (

@@ -49,6 +49,7 @@ TECHNIQUES: tuple[str, ...] = (
     "sail",
     "svdquant",
     "t_mac",
+    "tilus",
     "ultra_low_bit_partial_retraining",
     "vptq",
     "welore",

@@ -20,7 +20,7 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Generate, Workload
-from pintpot.weights.formats import BitPlanes, Format, Grid, Tensors
+from pintpot.weights.formats import BitPlanes, Format, Grid, RegisterTiles, Tensors
 from pintpot.weights.formats._base import prefixed, within
 from pintpot.weights.formats.bit_planes import PACKED_AT_ONCE, PACKING_BYTES
 from pintpot.weights.formats.wrapped import Wrapped
@@ -161,26 +161,39 @@ class KernelChoice(Technique):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitPlaneKernel(KernelChoice):
-    """A kernel that reads bit planes: grids of 1 to 4 bits, also where their input is scaled, mixed or rounded."""
+class GridKernel(KernelChoice):
+    """A kernel that reads grids in a layout of its own, also where their input is scaled, mixed or rounded."""
+
+    @abstractmethod
+    def of_grid(self, grid: Grid) -> BitPlanes | RegisterTiles | None:
+        """The format that holds a grid's numbers; None where the kernel cannot read them."""
 
     def held(self, layout: Format) -> Format | None:
-        """``BitPlanes`` in the place of ``Grid``."""
+        """That of ``of_grid`` in the place of ``Grid``."""
         if isinstance(layout, Grid):
-            return BitPlanes.of(layout)
+            return self.of_grid(layout)
         if isinstance(layout, Wrapped):
             inner = self.held(layout.inner)
             return None if inner is None else replace(layout, inner=inner)
         return None
 
     def relaid(self, layout: Format, tensors: Tensors, in_features: int) -> Tensors:
-        """The codes as bit planes; all other tensors are the same ones."""
+        """The codes in the other layout; all other tensors are the same ones."""
         if isinstance(layout, Wrapped):
             inner = self.relaid(layout.inner, within(layout.prefix, tensors), in_features)
             own = {name: tensors[name] for name in layout.own_storage(in_features)}
             return {**prefixed(layout.prefix, inner), **own}
-        planes = self.held(layout)
-        return planes.relaid(tensors, in_features) if isinstance(planes, BitPlanes) else tensors
+        held = self.of_grid(layout) if isinstance(layout, Grid) else None
+        return tensors if held is None else held.relaid(tensors, in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitPlaneKernel(GridKernel):
+    """A kernel that reads bit planes: grids of 1 to 4 bits."""
+
+    def of_grid(self, grid: Grid) -> BitPlanes | None:
+        """``BitPlanes``, of up to 4 bits."""
+        return BitPlanes.of(grid)
 
     def relative_operations(self, held: Format, rows: int) -> float:
         """Those of ``of_bits`` for the width of the planes."""

@@ -11,6 +11,7 @@ from pintpot.weights.formats.group_offset import GroupOffset
 from pintpot.weights.formats.leading import Leading
 from pintpot.weights.formats.level_grid import LevelGrid
 from pintpot.weights.formats.low_rank import LowRank
+from pintpot.weights.formats.register_tiles import RegisterTiles
 from pintpot.weights.formats.rotated import Rotated
 from pintpot.weights.formats.rounded_input import RoundedInput
 from pintpot.weights.formats.routed import Routed
@@ -39,6 +40,7 @@ __all__ = [
     "Leading",
     "LevelGrid",
     "LowRank",
+    "RegisterTiles",
     "Rotated",
     "RoundedInput",
     "Routed",
