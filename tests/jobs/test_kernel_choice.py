@@ -73,3 +73,8 @@ def test_the_planner_knows_it_and_says_why_not(compressed):
     assert not plan.techniques
     assert "no packed weights" in reasons["t-mac"]
     assert "t-mac" in {r.technique for r in choose(compressed / "packed", WORKLOAD, Wish(budget="1GiB")).rejected}
+
+
+def test_what_needs_dense_weights_is_refused_for_a_compressed_folder(compressed):
+    with pytest.raises(CompositionError, match="pychop needs dense weights"):
+        choose(compressed / "packed", WORKLOAD, Wish(techniques="pychop"))

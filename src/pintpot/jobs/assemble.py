@@ -114,7 +114,7 @@ class Composition:
 _PLACES: dict[tuple[str, str], str] = {
     ("weights", ""): "weights",
     ("weights", "kernel"): "kernel",
-    ("kernels", "arithmetic"): "arithmetic",
+    ("weights", "arithmetic"): "arithmetic",
     ("cache", "keep"): "keep",
     ("cache", "store"): "store",
     ("cache", "layers"): "layers",

@@ -168,6 +168,11 @@ def refuse_packed(shape: ModelShape, workload: Workload, chosen: Sequence[Techni
     slots = {technique.facts.slot for technique in chosen}
     if any(technique.facts.slot == "weights" and not technique.facts.part for technique in chosen):
         raise CompositionError(f"{shape.name} is compressed already", hint="leave out the weights technique")
+    for technique in chosen:
+        if "dense_weights" in technique.facts.needs and not workload.training:
+            raise CompositionError(
+                f"{technique.name} needs dense weights, and {shape.name} is compressed", hint="use the dense model"
+            )
     if workload.training and "adapters" not in slots:
         raise CompositionError(
             f"the weights of {shape.name} are packed and cannot be trained themselves", hint="use --techniques lora"

@@ -55,7 +55,6 @@ PLAIN_BYTES = 56
 @technique(
     name="pychop",
     wing="weights",
-    slot="kernels",
     part="arithmetic",
     source=Source(
         "Pychop: Emulating Low-Precision Arithmetic in Numerical Methods and Neural Networks", 2025, "2504.07835"
