@@ -59,6 +59,7 @@ from pintpot.weights.formats import (
     Format,
     Grid,
     LowRank,
+    RowTiles,
     SignRank,
     Sparse,
     Ternary,
@@ -77,7 +78,8 @@ CACHE_BYTES = 64 << 20
 """More than the last cache of the processors that this is run on, or of the share of it that one process gets."""
 NUMEL = 1 << 25
 GGML_TYPES = {2: ("Q2_K",), 3: ("Q3_K",), 4: ("Q4_0", "Q4_K"), 5: ("Q5_K",), 6: ("Q6_K",), 8: ("Q8_0",)}
-"""llama.cpp's formats of so many bits."""
+"""llama.cpp's formats of so many bits, beside our grids in groups of ``GGML_GROUP``."""
+GGML_GROUP = 128
 
 SEED = 0
 BASE_PRODUCT, BASE_STEP, BASE_ATTENTION = "torch dense", "torch AdamW fused", "torch SDPA bfloat16"
@@ -191,8 +193,11 @@ def product_ways(weight: Tensor, x: Tensor, bits: int, group: int) -> dict[str, 
     grid = Grid(bits=bits, group_size=group, scale_dtype=scale)
     ways = {BASE_PRODUCT: lambda: dense_product(weight, x), "pintpot": lambda: packed_product(grid, weight, x)}
     ways["pintpot, plain torch"] = ways["pintpot"]
+    for name, short in (("pintpot row-tiles", False), ("pintpot row-tiles, int8 inputs", True)):
+        tiles = RowTiles(bits=bits, group_size=group, scale_dtype=scale, int8_inputs=short)
+        ways[name] = lambda tiles=tiles: packed_product(tiles, weight, x)
     # It takes float32 inputs only.
-    for kind in GGML_TYPES.get(bits, ()) if x.dtype == torch.float32 and group == 128 else ():
+    for kind in GGML_TYPES.get(bits, ()) if x.dtype == torch.float32 and group == GGML_GROUP else ():
         ways[f"llama.cpp {kind}"] = lambda kind=kind: ggml_product(weight, x, kind)
     if bits == 8:
         ways["torch int8"] = lambda: torch_int8_product(weight, x)

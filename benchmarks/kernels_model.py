@@ -2,7 +2,7 @@
 
 Run with ``python -m benchmarks.kernels_model`` (``--quick`` tries it with two layers and writes nothing). The sides
 are those of TinyLlama. The model is compressed by ``rtn`` and exported to GGUF where that is exact (4 and 8 bits in
-groups of 32), so that llama.cpp has the very same numbers. The head and the embedding are bfloat16 in both. Each run
+groups of 32), so that llama.cpp has the very same numbers; ours is read by each of ``KERNELS``. The head and the embedding are bfloat16 in both. Each run
 has a process of its own: it reads a prompt of 32 tokens, decodes 64 more one by one, of given ids, and then reads one
 of 512 into a new cache. Times are medians over tokens; peaks are those of the whole process, with what is imported.
 
@@ -36,11 +36,14 @@ WAYS = {
     "4 bits, groups of 32": "rtn(bits=4, group_size=32, symmetric=True)",
     "8 bits, groups of 32": "rtn(bits=8, group_size=32, symmetric=True)",
     "4 bits, groups of 128": "rtn(bits=4, group_size=128)",
-    "2 bits, groups of 32": "rtn(bits=2, group_size=32)",
+    "2 bits, groups of 128": "rtn(bits=2, group_size=128)",
 }
 """What is compressed how. The first two are exported."""
 
 EXPORTED = tuple(WAYS)[:2]
+KERNELS = ("", "row-tiles", "row-tiles(int8_inputs=True)")
+"""What reads the weights; first as they are stored."""
+
 PROMPT, NEW, LONG = 32, 64, 512
 
 COMMON = """
@@ -71,8 +74,11 @@ import torch
 torch.set_num_threads(threads)
 torch.set_grad_enabled(False)
 from transformers import DynamicCache
+from pintpot.core.expression import parse
 from pintpot.weights import load_compressed
 model = load_compressed(source).eval()
+for kernel in parse(sys.argv[6]) if sys.argv[6] else ():
+    kernel.apply_(model)
 cache = [DynamicCache(config=model.config)]
 def run(tokens):
     return model(torch.tensor([tokens]), past_key_values=cache[0], logits_to_keep=1).logits[0, -1].argmax()
@@ -112,9 +118,9 @@ def write_model(folder: Path, layers: int) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def measured(python: str, script: str, source: Path, threads: int, **more: str) -> dict[str, Any]:
+def measured(python: str, script: str, source: Path, threads: int, kernel: str = "", **more: str) -> dict[str, Any]:
     """The figures of a run in a process of its own; why there are none, where there are none."""
-    command = [python, "-c", script, str(source), *map(str, (threads, PROMPT, NEW, LONG))]
+    command = [python, "-c", script, str(source), *map(str, (threads, PROMPT, NEW, LONG)), kernel]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **more})
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
@@ -136,8 +142,9 @@ def rows(layers: int, threads: int) -> Iterator[dict[str, Any]]:
                 libraries = {"LLAMA_CPP_LIB_PATH": str(OUT / "ggml")}
                 theirs = measured(str(LLAMA), THEIRS, file, threads, **libraries)
                 file.unlink()
-            ours = measured(sys.executable, OURS, packed, threads)
-            yield from said(way, technique, layers, ours, theirs)
+            for kernel in KERNELS:
+                ours = measured(sys.executable, OURS, packed, threads, kernel)
+                yield from said(way, "*".join(filter(None, (technique, kernel))), layers, ours, theirs)
 
 
 METRICS: dict[tuple[str, str], Callable[[dict[str, Any]], float]] = {

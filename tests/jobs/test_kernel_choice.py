@@ -17,7 +17,7 @@ from pintpot.weights.formats import BitPlanes
 from tests.folders import write_model
 
 WORKLOAD = Generate(prompt_tokens=48, new_tokens=6)
-KERNELS = ("t-mac", "lut-tensor-core", "sail")
+KERNELS = ("t-mac", "lut-tensor-core", "sail", "row-tiles")
 
 
 def formats_of(model):

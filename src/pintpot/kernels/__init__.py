@@ -5,6 +5,7 @@ from pintpot.kernels import ops_factors as ops_factors
 from pintpot.kernels import ops_grid as ops_grid
 from pintpot.kernels import ops_lookup as ops_lookup
 from pintpot.kernels import ops_rounding as ops_rounding
+from pintpot.kernels import ops_row_tiles as ops_row_tiles
 from pintpot.kernels import ops_tables as ops_tables
 from pintpot.kernels import ops_tiles as ops_tiles
 from pintpot.kernels import planes as planes

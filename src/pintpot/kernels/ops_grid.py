@@ -51,7 +51,7 @@ class Product(ctypes.Structure):
         ("grid", PackedGrid),
         ("input", POINTER),
         ("output", POINTER),
-        *((name, INT64) for name in ("dtype", "count", "threads")),
+        *((name, INT64) for name in ("dtype", "count", "threads", "digits")),
     ]
 
 
@@ -162,7 +162,7 @@ def _matmul(input: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, b
     out = _matmul_shape(input, packed, scale, zero, bits, group_size)
     grid = grid_arguments(packed, scale, zero, bits, group_size, input.shape[-1])
     pointers = input.data_ptr(), out.data_ptr()
-    arguments = Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads())
+    arguments = Product(grid, *pointers, native.DTYPES[input.dtype], _rows_of(input), torch.get_num_threads(), 0)
     native.call("grid_matmul", arguments)
     return out
 

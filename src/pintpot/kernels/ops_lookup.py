@@ -58,7 +58,7 @@ def _matmul(input: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, b
     grid = _grid(planes, scale, zero, bits, group_size, input.shape[-1])
     count = input.shape[:-1].numel()
     arguments = Product(
-        grid, input.data_ptr(), out.data_ptr(), native.DTYPES[input.dtype], count, torch.get_num_threads()
+        grid, input.data_ptr(), out.data_ptr(), native.DTYPES[input.dtype], count, torch.get_num_threads(), 0
     )
     native.call("lut_matmul", arguments)
     return out

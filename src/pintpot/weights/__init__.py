@@ -45,6 +45,7 @@ TECHNIQUES: tuple[str, ...] = (
     "q_hyvit",
     "qfx_fixed_point",
     "quamba",
+    "row_tiles",
     "rtn",
     "sail",
     "svdquant",

@@ -6,32 +6,42 @@
 
 namespace {
 
-// Where the codes of a segment are in a packed row: in up to three fields a code.
+// A segment as the products go through it: its columns, its (first) weight, and where its codes are in a row, as bytes
+// or packed in up to three fields a code.
 struct Place {
+    int64_t column, count, weight;
     int64_t offset[3];
     uint64_t rotate[3];  // bits to the right that bring each field to its place in the code
     uint64_t mask;
 };
 
-// Where the codes of some rows are: as bytes from the column `first` on, or packed.
+// Where the codes of some rows are.
 struct Codes {
     const uint8_t* bytes;
-    int64_t stride, first;  // from row to row
-    const Place* places;    // of each segment where they are packed
-    uint64_t lower[2];      // the bits of a code below its second, and its third, field
+    int64_t stride;  // from row to row
+    const Place* places;
+    uint64_t lower[2];  // the bits of a code below its second, and its third, field
 };
 
 // What the sums of a segment are worth in each row: a number for the segment, or for each of its groups.
 struct Weights {
     const float* first;
     int64_t stride;
-    const float* of(int row) const { return first + row * stride; }
+    const float* of(int row, const Place& place) const { return first + row * stride + place.weight; }
 };
+
+// Lists the segments of rows whose codes are bytes.
+inline void list_places(const Segments& cut, Place* places) {
+    for (int64_t s = 0; s < cut.count; ++s) {
+        const int64_t start = cut[s].start;
+        places[s] = {start, cut[s].end - start, cut.weight_of(s), {start, 0, 0}, {}, 0};
+    }
+}
 
 // Finds the fields of all segments, and how often each code is counted. Codes of one field stay where they are in their
 // bytes, and so count 2, 4, ... times; those of several fields are brought together. False where a segment lies in two
 // planes of a field, or is no multiple of `step`.
-inline bool find_places(int64_t bits, const Segments& cut, int64_t step, Place* places, float* times, Codes* codes) {
+inline bool find_fields(int64_t bits, const Segments& cut, int64_t step, Place* places, float* times, Codes* codes) {
     bool found = true;
     const bool alone = (bits & (bits - 1)) == 0;
     for (int64_t s = 0; s < cut.count && found; ++s) {
@@ -51,7 +61,6 @@ inline bool find_places(int64_t bits, const Segments& cut, int64_t step, Place* 
             ++f;
         });
     }
-    codes->places = places;
     return found;
 }
 
@@ -61,19 +70,19 @@ constexpr int64_t kDirectStep = 64;
 
 inline __m512i everywhere(uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); }
 
-// 64 codes; `Fields` is 0 for bytes.
+// 64 codes of a row; `Fields` is 0 for bytes.
 template <int Fields>
-inline __m512i fetch(const Codes& codes, const uint8_t* from, const Place* place) {
-    if (Fields == 0) return _mm512_loadu_si512(from);
-    __m512i found = _mm512_loadu_si512(from + place->offset[0]);
-    if (Fields > 1) found = _mm512_rorv_epi64(found, everywhere(place->rotate[0]));
+inline __m512i fetch(const Codes& codes, const uint8_t* from, const Place& place) {
+    __m512i found = _mm512_loadu_si512(from);
+    if (Fields == 0) return found;
+    if (Fields > 1) found = _mm512_rorv_epi64(found, everywhere(place.rotate[0]));
     for (int f = 1; f < Fields; ++f) {
-        const __m512i part = _mm512_loadu_si512(from + place->offset[f]);
+        const __m512i part = _mm512_loadu_si512(from + place.offset[f] - place.offset[0]);
         // The bits of the fields so far, and above them those of this one.
         found = _mm512_ternarylogic_epi64(everywhere(codes.lower[f - 1]), found,
-                                          _mm512_rorv_epi64(part, everywhere(place->rotate[f])), 0xCA);
+                                          _mm512_rorv_epi64(part, everywhere(place.rotate[f])), 0xCA);
     }
-    return _mm512_and_si512(found, everywhere(place->mask));
+    return _mm512_and_si512(found, everywhere(place.mask));
 }
 
 // sum + the products of 4 codes and 4 numbers in each lane. (The compiler's own name for this instruction costs it a copy
@@ -92,27 +101,29 @@ inline Floats weight_of(const float* weights, Ints lanes) {
 
 // Adds `weight * sum code * x` of one segment for `Rows` rows of codes to their totals, whose lanes are summed later.
 template <int Rows, int Planes, int Fields, bool Joined>
-inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place* place, const Plane* x, int64_t stride,
-                       int64_t count, const Weights& weights, Ints lanes, Floats* totals) {
+inline void dot_planes(const Codes& codes, const Place& place, const Plane* x, int64_t stride, const Weights& weights,
+                       Ints lanes, Floats* totals) {
     __m512i sums[Planes][Rows];
     for (int p = 0; p < Planes; ++p) {
         for (int r = 0; r < Rows; ++r) sums[p][r] = _mm512_setzero_si512();
     }
-    int64_t i = 0;
-    for (; i + 64 <= count; i += 64) {
+    const uint8_t* from = codes.bytes + place.offset[0];
+    x += place.column;
+    int64_t left = place.count;
+    for (; left >= 64; left -= 64, from += 64, x += 64) {
         __m512i planes[Planes];
-        for (int p = 0; p < Planes; ++p) planes[p] = _mm512_loadu_si512(x + p * stride + i);
+        for (int p = 0; p < Planes; ++p) planes[p] = _mm512_loadu_si512(x + p * stride);
         for (int r = 0; r < Rows; ++r) {
-            const __m512i row = fetch<Fields>(codes, bytes + r * codes.stride + i, place);
+            const __m512i row = fetch<Fields>(codes, from + r * codes.stride, place);
             for (int p = 0; p < Planes; ++p) sums[p][r] = dot(sums[p][r], row, planes[p]);
         }
     }
-    if (Fields == 0 && i < count) {
-        const __mmask64 some = (1ull << (count - i)) - 1;
+    if (Fields == 0 && left > 0) {
+        const __mmask64 some = (1ull << left) - 1;
         for (int r = 0; r < Rows; ++r) {
-            const __m512i row = _mm512_maskz_loadu_epi8(some, bytes + r * codes.stride + i);
+            const __m512i row = _mm512_maskz_loadu_epi8(some, from + r * codes.stride);
             for (int p = 0; p < Planes; ++p) {
-                const __m512i plane = _mm512_maskz_loadu_epi8(some, x + p * stride + i);
+                const __m512i plane = _mm512_maskz_loadu_epi8(some, x + p * stride);
                 sums[p][r] = dot(sums[p][r], row, plane);
             }
         }
@@ -123,7 +134,7 @@ inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place* pl
         if (Planes > 1) high = _mm512_add_epi32(_mm512_slli_epi32(high, 8), sums[1][r]);
         Floats value = _mm512_cvtepi32_ps(high);
         if (Planes > 2) value = fused(value, all(256.0f), _mm512_cvtepi32_ps(sums[Planes - 1][r]));
-        totals[r] = fused(value, weight_of<Joined>(weights.of(r), lanes), totals[r]);
+        totals[r] = fused(value, weight_of<Joined>(weights.of(r, place), lanes), totals[r]);
     }
 }
 
@@ -132,8 +143,11 @@ inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place* pl
 constexpr int64_t kDirectStep = 0;
 
 template <int Rows, int Planes, int Fields, bool Joined>
-inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place*, const Plane* x, int64_t stride,
-                       int64_t count, const Weights& weights, Ints, Floats* totals) {
+inline void dot_planes(const Codes& codes, const Place& place, const Plane* x, int64_t stride, const Weights& weights,
+                       Ints, Floats* totals) {
+    const uint8_t* bytes = codes.bytes + place.offset[0];
+    const int64_t count = place.count;
+    x += place.column;
     __m256i sums[Planes][Rows];
     for (int p = 0; p < Planes; ++p) {
         for (int r = 0; r < Rows; ++r) sums[p][r] = _mm256_setzero_si256();
@@ -163,7 +177,7 @@ inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place*, c
             plane[0] += static_cast<float>(rest);
             value = fused(value, all(65536.0f), plane);
         }
-        totals[r] = fused(value, all(weights.of(r)[0]), totals[r]);
+        totals[r] = fused(value, all(weights.of(r, place)[0]), totals[r]);
     }
 }
 
@@ -172,8 +186,7 @@ inline void dot_planes(const Codes& codes, const uint8_t* bytes, const Place*, c
 constexpr int64_t kDirectStep = 0;
 
 template <int Rows, int Planes, int Fields, bool Joined>
-inline void dot_planes(const Codes&, const uint8_t*, const Place*, const Plane*, int64_t, int64_t, const Weights&,
-                       Ints, Floats*) {}
+inline void dot_planes(const Codes&, const Place&, const Plane*, int64_t, const Weights&, Ints, Floats*) {}
 
 #endif
 

@@ -24,12 +24,14 @@ constexpr int kDigits = 3;
 constexpr int kDigits = 2;
 #endif
 
-// Of an input of a dtype; none where there are no integer products.
-inline int planes_of(int64_t dtype) {
+// Of an input of a dtype, or as many as are asked for; none where there are no integer products.
+inline int planes_of(int64_t dtype, int64_t digits) {
 #if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
-    return dtype == kFloat32 ? kDigits : kDigits - 1;
+    const int held = dtype == kFloat32 ? kDigits : kDigits - 1;
+    return digits > 0 && digits < held ? static_cast<int>(digits) : held;
 #else
     (void)dtype;
+    (void)digits;
     return 0;
 #endif
 }

@@ -81,19 +81,20 @@ void add_fixed(const Run& run, const Input& input, Floats* sums) {
     for (int r = 0; r < Rows; ++r) totals[r] = sums[r];
     Ints lanes = {};
     for (int i = 0; i < kLanes && Joined; ++i) lanes[i] = static_cast<int32_t>(4 * i / run.cut.group);
-    // The fields of a code's neighbours lie in the same bytes, so that most segments touch no new memory. The processor,
-    // left to itself, would wait at the start of each row; here each segment asks for a share of the rows that come next.
-    const int64_t row_bytes = Fields ? run.codes.stride : 0, share = (row_bytes + run.cut.count - 1) / run.cut.count;
-    for (int64_t s = run.begin; s < run.end; ++s) {
-        for (int64_t i = s * share; i < (s + 1) * share; i += kLine) {
-            for (int r = 0; r < Rows; ++r) __builtin_prefetch(run.codes.bytes + (Rows + r) * row_bytes + i);
+    // The fields of a code's neighbours lie in the same bytes, so that most segments touch no new memory. The
+    // processor, left to itself, would wait at the start of each row; here rows are asked for while those before are
+    // multiplied, a share with each segment.
+    const int64_t stride = run.codes.stride, share = (stride + run.cut.count - 1) / run.cut.count;
+    const uint8_t* next = run.codes.bytes + Rows * stride;
+    const Weights weights = {run.scratch.weights.get(), run.scratch.stride};
+    const Place* end = run.codes.places + run.end;
+    int64_t asked = 0, due = 0;
+    for (const Place* place = run.codes.places + run.begin; place != end; ++place) {
+        for (due += Fields ? share : 0; asked < due; asked += kLine) {
+            for (int r = 0; r < Rows; ++r) __builtin_prefetch(next + r * stride + asked);
         }
-        const Segment segment = run.cut[s];
-        const Weights weights = {run.scratch.weights.get() + run.cut.weight_of(s), run.scratch.stride};
-        const uint8_t* bytes = run.codes.bytes + (Fields ? 0 : segment.start - run.codes.first);
-        dot_planes<Rows, Planes, Fields, Joined>(run.codes, bytes, run.codes.places + (Fields ? s : 0),
-                                                 input.planes + segment.start, run.cut.columns,
-                                                 segment.end - segment.start, weights, lanes, totals);
+        dot_planes<Rows, Planes, Fields, Joined>(run.codes, *place, input.planes, run.cut.columns, weights, lanes,
+                                                 totals);
     }
     for (int r = 0; r < Rows; ++r) sums[r] = totals[r];
 }
@@ -116,8 +117,8 @@ Add add_of(int fields, int64_t rows) {
 
 template <bool Joined>
 Add add_of(int planes, int fields, int64_t rows) {
-    return planes == kDigits ? add_of<kDigits, Joined>(fields, rows)
-                                 : add_of<kDigits - 1, Joined>(fields, rows);
+    if (planes == kDigits) return add_of<kDigits, Joined>(fields, rows);
+    return planes == 1 ? add_of<1, Joined>(fields, rows) : add_of<kDigits - 1, Joined>(fields, rows);
 }
 
 inline Add add_of(bool joined, int planes, int fields, int64_t rows) {
@@ -142,7 +143,7 @@ inline void weigh(const Run& run, const float* steps, int64_t rows) {
 
 inline void add_floats(const Run& run, const Input& input, int64_t rows, Floats* sums) {
     for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* bytes = run.codes.bytes + r * run.codes.stride - run.codes.first;
+        const uint8_t* bytes = run.codes.bytes + r * run.codes.stride;
         for (int64_t s = run.begin; s < run.end; ++s) {
             run.cut.each_group(run.cut[s], [&](int64_t of, int64_t start, int64_t end) {
                 const int64_t group = r * run.cut.groups + of;
@@ -165,8 +166,9 @@ inline float shift_of(const Input& input, const float* scale, const float* zero,
     return rest;
 }
 
-// Writes one input in fixed point. False where it cannot be.
-inline bool fix_input(const Segments& cut, const float* numbers, int planes, Plane* to, float* steps, float* sums) {
+// Writes one input in fixed point, its planes `stride` apart. False where it cannot be.
+inline bool fix_input(const Segments& cut, const float* numbers, int planes, Plane* to, int64_t stride, float* steps,
+                      float* sums) {
     double total = 0;
     for (int64_t s = 0; s < cut.count; ++s) {
         const Segment segment = cut[s];
@@ -174,7 +176,7 @@ inline bool fix_input(const Segments& cut, const float* numbers, int planes, Pla
         if (!step_of(numbers + segment.start, segment.end - segment.start, planes, &step)) return false;
         cut.each_group(segment, [&](int64_t group, int64_t start, int64_t end) {
             if (start == group * cut.group) total = 0;
-            total += fix(numbers + start, end - start, step, planes, cut.columns, to + start);
+            total += fix(numbers + start, end - start, step, planes, stride, to + start);
             sums[group] = static_cast<float>(total);
             steps[cut.joined ? group : s] = step;
         });
@@ -194,23 +196,26 @@ struct Inputs {
 
     bool prepare(const PintpotGridMatmul& call, const Segments& cut) {
         const int64_t columns = call.grid.columns, groups = cut.groups;
-        const int count = planes_of(call.dtype);
+        const int count = planes_of(call.dtype, call.digits);
         weights = cut.weight_of(cut.count);
         const bool held = numbers.reserve(call.count * columns) && steps.reserve(call.count * weights) &&
                           sums.reserve(call.count * groups) && planes.reserve(call.count * columns * count) &&
                           each.reserve(call.count);
-        if (!held) return false;
+        if (!held || !places.reserve(cut.count)) return false;
+        list_places(cut, places.get());
+        packed.places = places.get();
         for (int64_t i = 0; i < call.count; ++i) {
             float *own = numbers.get() + i * columns, *step = steps.get() + i * weights, *sum = sums.get() + i * groups;
             with_type(call.dtype, call.input, [&](const auto* all) { scales_of(all + i * columns, columns, own); });
             Plane* fixed = planes.get() + i * columns * count;
-            each.get()[i] = {own, fixed, step, sum, count > 0 && fix_input(cut, own, count, fixed, step, sum)};
+            each.get()[i] = {own, fixed, step, sum, count > 0 && fix_input(cut, own, count, fixed, columns, step, sum)};
         }
         // One input takes codes straight from where they are packed; several share what was unpacked once.
         if (kDirectStep > 0 && call.count == 1 && call.grid.bits < 8 && each.get()[0].fixed) {
-            if (!places.reserve(cut.count) || !times.reserve(cut.count)) return false;
+            if (!times.reserve(cut.count)) return false;
             packed.stride = packed_bytes(columns, call.grid.bits);
-            direct = find_places(call.grid.bits, cut, kDirectStep, places.get(), times.get(), &packed);
+            direct = find_fields(call.grid.bits, cut, kDirectStep, places.get(), times.get(), &packed);
+            if (!direct) list_places(cut, places.get());
             for (int64_t s = 0; s < cut.count && direct; ++s) {
                 for (int64_t i = cut.weight_of(s); i < cut.weight_of(s + 1); ++i) steps.get()[i] /= times.get()[s];
             }
@@ -224,7 +229,7 @@ inline void multiply_few(const PintpotGridMatmul& call, const Segments& cut, con
                          const Scratch& scratch, int64_t row, int64_t rows, Floats* sums) {
     const int64_t columns = call.grid.columns, bits = call.grid.bits, bytes = packed_bytes(columns, bits);
     const uint8_t* packed = call.grid.packed + row * bytes;
-    const int planes = planes_of(call.dtype);
+    const int planes = planes_of(call.dtype, call.digits);
     for (int64_t i = 0; i < call.count * kRowsAtOnce; ++i) sums[i] = Floats{};
     if (inputs.direct) {
         Codes codes = inputs.packed;
@@ -239,12 +244,9 @@ inline void multiply_few(const PintpotGridMatmul& call, const Segments& cut, con
     for (int64_t begin = 0, end = 0; begin < cut.count; begin = end) {
         const int64_t first = cut[begin].start;
         for (end = begin + 1; end < cut.count && cut[end].end - first <= kColumnsAtOnce; ++end) continue;
-        Codes codes = {scratch.codes.get(), kColumnsAtOnce, first, nullptr, {}};
-        if (bits == 8) {
-            // A code of 8 bits is its own byte.
-            codes.bytes = packed + first;
-            codes.stride = bytes;
-        }
+        // A code of 8 bits is its own byte.
+        Codes codes = {bits == 8 ? packed : scratch.codes.get() - first, bits == 8 ? bytes : kColumnsAtOnce,
+                       inputs.places.get(), {}};
         for (int64_t r = 0; r < rows && bits < 8; ++r) {
             unpack_part(packed + r * bytes, bits, columns, first, cut[end - 1].end,
                         scratch.codes.get() + r * kColumnsAtOnce);

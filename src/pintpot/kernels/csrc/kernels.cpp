@@ -4,15 +4,16 @@
 #include "attend.h"
 #include "dispatch.h"
 #include "grid.h"
+#include "hadamard.h"
 #include "lookup.h"
 #include "low_rank.h"
-#include "sparse.h"
-#include "tiled.h"
-#include "hadamard.h"
 #include "planes.h"
 #include "rounding.h"
+#include "row_tiles.h"
 #include "signs.h"
+#include "sparse.h"
 #include "tables.h"
+#include "tiled.h"
 
 extern const PintpotKernels PINTPOT_TABLE(PINTPOT_ISA);
 #define PINTPOT_ENTRY(name, arguments) name,

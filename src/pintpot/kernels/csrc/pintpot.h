@@ -57,6 +57,7 @@ struct PintpotGridMatmul {
     const void* input;  // (count, columns)
     void* output;       // (count, rows)
     int64_t dtype, count, threads;
+    int64_t digits;  // of 8 bits or more, that inputs are rounded to; 0 for as many as their dtype has
 };
 
 struct PintpotGridDequantize {
@@ -226,6 +227,8 @@ void pintpot_use_runtime(void* parallel);
     EACH(restore, PintpotRestore) \
     EACH(grid_dequantize, PintpotGridDequantize) \
     EACH(grid_matmul, PintpotGridMatmul) \
+    EACH(row_tiles_dequantize, PintpotGridDequantize) \
+    EACH(row_tiles_matmul, PintpotGridMatmul) \
     EACH(attend_packed, PintpotAttend) \
     EACH(attend_fp8, PintpotAttend) \
     EACH(planes_dequantize, PintpotGridDequantize) \

@@ -15,6 +15,7 @@ from pintpot.weights.formats.register_tiles import RegisterTiles
 from pintpot.weights.formats.rotated import Rotated
 from pintpot.weights.formats.rounded_input import RoundedInput
 from pintpot.weights.formats.routed import Routed
+from pintpot.weights.formats.row_tiles import RowTiles
 from pintpot.weights.formats.scaled import Scaled
 from pintpot.weights.formats.sign_rank import SignRank
 from pintpot.weights.formats.signed_input import SignedInput
@@ -42,6 +43,7 @@ __all__ = [
     "LowRank",
     "RegisterTiles",
     "Rotated",
+    "RowTiles",
     "RoundedInput",
     "Routed",
     "Scaled",
