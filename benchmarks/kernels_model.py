@@ -2,9 +2,10 @@
 
 Run with ``python -m benchmarks.kernels_model`` (``--quick`` tries it with two layers and writes nothing). The sides
 are those of TinyLlama. The model is compressed by ``rtn`` and exported to GGUF where that is exact (4 and 8 bits in
-groups of 32), so that llama.cpp has the very same numbers; ours is read by each of ``KERNELS``. The head and the embedding are bfloat16 in both. Each run
-has a process of its own: it reads a prompt of 32 tokens, decodes 64 more one by one, of given ids, and then reads one
-of 512 into a new cache. Times are medians over tokens; peaks are those of the whole process, with what is imported.
+groups of 32), so that llama.cpp has the very same numbers; ours is read by each of ``KERNELS``. The head and the
+embedding are bfloat16 in both. Each run has a process of its own: it reads a prompt of 32 tokens, decodes 64 more one
+by one, of given ids, and then reads one of 512 into a new cache. Times are medians over tokens; peaks are those of the
+whole process, with what is imported.
 
 llama.cpp is measured where it is built: its Python package in ``out/storage/llama``, and optimised libraries for it in
 ``out/ggml`` (``libllama.so`` and ``libggml*.so``, compiled as ``Release``).
