@@ -38,8 +38,17 @@ from pintpot.weights.formats.grouped import SCALE_DTYPES
 from pintpot.weights.statistics import BlockCall, InputStatistics
 from pintpot.weights.tuning import Tuning, tune_block_
 
-RISES = ((8.5, 0.0002), (5.5, 0.007), (4.5, 0.02), (3.5, 0.08), (2.5, 0.7))
-"""Bits a weight and the relative rise of perplexity."""
+RISES = (
+    (8.5, 0.0001),
+    (5.5, 0.003),
+    (4.57, 0.0077),
+    (4.36, 0.0112),
+    (3.57, 0.055),
+    (3.36, 0.063),
+    (2.57, 0.38),
+    (1.57, 6.2),
+)
+"""Bits a weight and the relative rise of perplexity on the embedded model (`results/weights.csv`; at 5.5 between)."""
 
 RANGE_STEPS = 200
 """Into so many steps a group's range is cut, and shortened by one after the other..."""
