@@ -48,7 +48,7 @@ RISES = (
     (2.57, 0.38),
     (1.57, 6.2),
 )
-"""Bits a weight and the relative rise of perplexity on the embedded model (`results/weights.csv`; at 5.5 between)."""
+"""Bits a weight and the relative rise of perplexity on the embedded model (`results/weights.csv`, but for 5.5 bits)."""
 
 RANGE_STEPS = 200
 """Into so many steps a group's range is cut, and shortened by one after the other..."""
