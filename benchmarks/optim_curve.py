@@ -2,7 +2,8 @@
 
 Run with ``python -m benchmarks.optim_curve``; run again it goes on where it stopped. Real text, one sequence of 128
 tokens a step (the shape's own 4 x 512 would take hours), linear warm-up over 20 steps. AdamW is run from two seeds of
-the data: the noise is how far the two end apart. Learning rates are those of the papers' 130M models.
+the data: the noise is how far the two end apart. Learning rates are those of the papers' 130M models, and
+AdamW's for APOLLO-Mini.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RUNS = {
     "torch AdamW, another seed": ("", 1e-3, 1),
     "adamw-8bit": (OURS["adamw-8bit"], 1e-3, 0),
     "apollo": (OURS["apollo"], 1e-2, 0),
+    "apollo-mini": (OURS["apollo-mini"], 1e-3, 0),
 }
 
 
