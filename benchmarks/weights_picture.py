@@ -38,6 +38,8 @@ LABELS = {
 EDGES = {PERPLEXITY: (0.01, 300.0), COSINE: (1e-5, 1.0), RECALL: (1e-3, 1.0)}
 """What is drawn at the lower and the upper edge if it lies beyond."""
 
+MOST_BITS = 9.5
+"""Bits a weight up to which methods are drawn."""
 TICKS = (1, 1.5, 2, 3, 4, 6, 8)
 """Bits a weight that the axis names."""
 
@@ -82,7 +84,8 @@ def curves(metric: str) -> tuple[list[Curve], list[Curve]]:
         if row is not dense:
             bits = float(row["status"].removeprefix("peer: ").split(" bits")[0])
             point = bits, lost(metric, float(row["value"]), float(dense["value"]))
-            (ours if row["technique"] in known else theirs)[row["technique"]].append(point)
+            if bits <= MOST_BITS:
+                (ours if row["technique"] in known else theirs)[row["technique"]].append(point)
     made = [[Curve(name, staircase(points)) for name, points in found.items()] for found in (ours, theirs)]
     return made[0], made[1]
 
@@ -92,13 +95,13 @@ def draw(axes: Axes, metric: str, drawn: Sequence[Curve], frontier: Sequence[tup
     low, high = EDGES[metric]
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(TICKS[0] * 0.8, 9.5)
+    axes.set_xlim(TICKS[0] * 0.8, MOST_BITS)
     axes.set_ylim(low * 0.8, high * 1.25)
     axes.set_xticks(TICKS, [f"{bits:g}" for bits in TICKS])
     axes.minorticks_off()
     if frontier:
         bits, losses = zip(*frontier, strict=True)
-        axes.step([*bits, 9.5], [*losses, losses[-1]], where="post", color="0.78", lw=3, zorder=0)
+        axes.step([*bits, MOST_BITS], [*losses, losses[-1]], where="post", color="0.78", lw=3, zorder=0)
     to_axes = (axes.transData + axes.transAxes.inverted()).transform
     ordered = sorted(drawn, key=lambda curve: to_axes(curve.points[-1])[1])
     places = spread([min(max(float(to_axes(curve.points[-1])[1]), 0.0), 1.0) for curve in ordered], 0.045)
@@ -133,7 +136,10 @@ def picture(found: dict[str, tuple[list[Curve], list[Curve]]]) -> bytes:
             axes = figure.add_subplot(len(split), columns, line * columns + column + 1)
             draw(axes, metric, drawn, frontier)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
-    figure.suptitle("grey: the least that any of the public packages loses in so many bits or fewer", fontsize=9)
+    figure.suptitle(
+        f"grey: the least that any of the public packages loses in so many bits or fewer; up to {MOST_BITS} bits",
+        fontsize=9,
+    )
     made = io.BytesIO()
     FigureCanvasAgg(figure).print_png(made)
     return made.getvalue()
