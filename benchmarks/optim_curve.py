@@ -81,9 +81,9 @@ def main() -> None:
     for name, (expression, rate, seed) in RUNS.items():
         ahead = ends[name] - ends["torch AdamW"]
         within = "within" if abs(ahead) <= noise else "below" if ahead < 0 else "above"
-        found_status = f"{within} AdamW's noise ({ahead:+.3f}, noise {noise:.3f})"
+        status = f"{within} AdamW's noise ({ahead:+.3f}, noise {noise:.3f})" if expression else "baseline"
         if ends[name] > found[name]["losses"][0]:
-            found_status = "diverged"
+            status = "diverged"
         row = {
             "technique": name,
             "config": f"{expression or 'torch AdamW'}, lr={rate:g}",
@@ -96,7 +96,7 @@ def main() -> None:
             "value": round(ends[name], 4),
             "baseline": "torch AdamW",
             "baseline_value": round(ends["torch AdamW"], 4),
-            "status": "baseline" if not expression else found_status,
+            "status": status,
             **{key: found[name][key] for key in ("hardware", "versions", "commit", "date")},
         }
         append_rows("optim", [row])
