@@ -15,7 +15,7 @@ from pintpot.ledger.tracker import Tracker
 from pintpot.weights import PintpotConfig
 from pintpot.weights.awq import AWQ
 from pintpot.weights.formats import BitPlanes, Grid, LowRank, Rotated, RoundedInput, Scaled
-from pintpot.weights.formats.bit_planes import PACKING_BYTES
+from pintpot.weights.formats.relaid_grid import PACKING_BYTES
 from pintpot.weights.modules import PackedTerms
 from pintpot.weights.rtn import RTN
 from pintpot.weights.t_mac import TMac

@@ -20,9 +20,9 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Technique
 from pintpot.core.work import Work
 from pintpot.core.workload import Generate, Workload
-from pintpot.weights.formats import BitPlanes, Format, Grid, RegisterTiles, RowTiles, Tensors
+from pintpot.weights.formats import BitPlanes, Format, Grid, Tensors
 from pintpot.weights.formats._base import prefixed, within
-from pintpot.weights.formats.bit_planes import PACKED_AT_ONCE, PACKING_BYTES
+from pintpot.weights.formats.relaid_grid import PACKED_AT_ONCE, PACKING_BYTES, RelaidGrid
 from pintpot.weights.formats.wrapped import Wrapped
 from pintpot.weights.modules import PackedStack, PackedTerms
 
@@ -165,7 +165,7 @@ class GridKernel(KernelChoice):
     """A kernel that reads grids in a layout of its own, also where their input is scaled, mixed or rounded."""
 
     @abstractmethod
-    def of_grid(self, grid: Grid) -> BitPlanes | RegisterTiles | RowTiles | None:
+    def of_grid(self, grid: Grid) -> RelaidGrid | None:
         """The format that holds a grid's numbers; None where the kernel cannot read them."""
 
     def held(self, layout: Format) -> Format | None:

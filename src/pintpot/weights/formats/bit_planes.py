@@ -9,84 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
-from pintpot.kernels import dequantize_planes, lut_matmul, native, pack_planes, unpack
+from pintpot.kernels import dequantize_planes, lut_matmul, native, pack_planes
 from pintpot.kernels.grid import FEW_ROWS
 from pintpot.kernels.lookup import MOST_BITS, TILE_ROWS, planes_shape
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, multiply_by_strips
+from pintpot.weights.formats._base import file_name, multiply_by_strips
 from pintpot.weights.formats.grid import Grid
-
-PACKED_AT_ONCE = 1 << 18
-"""Codes that are put into planes at a time."""
-PACKING_BYTES = 9
-"""Bytes of temporaries for each of them, about."""
+from pintpot.weights.formats.relaid_grid import RelaidGrid
 
 
 @file_name("bit_planes")
 @dataclass(frozen=True, kw_only=True)
-class BitPlanes(Format):
-    """The numbers of a ``Grid`` with the same fields, bit for bit; only their order in memory is another.
+class BitPlanes(RelaidGrid):
+    """A grid of few bits as bit planes.
 
     Products with up to 8 rows of input round sums of four inputs to 8 bits (``kernels/lookup.py``, which says what that
     costs); those with more rows, and gradients, use the numbers themselves.
-
-    Attributes:
-        bits: width of a code, 1 to 4.
-        group_size: in-features that share a scale; -1 for a whole row. The last group may be shorter.
-        symmetric: the zero is fixed at ``2 ** (bits - 1)`` and not stored.
-        scale_dtype: ``"float16"`` or ``"bfloat16"``.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = False
-    scale_dtype: str = "float16"
+    codes: ClassVar[str] = "planes"
+    tile_rows: ClassVar[int] = TILE_ROWS
 
     def __post_init__(self) -> None:
         if self.bits > MOST_BITS:
             raise ShapeError(
                 f"bit planes hold 1 to {MOST_BITS} bits, not {self.bits}", hint="keep wider codes in a grid"
             )
-        self.grid()
+        super().__post_init__()
 
     @classmethod
     def of(cls, grid: Grid) -> BitPlanes | None:
         """The format that holds a grid's numbers; None where its codes are too wide."""
         return cls(**asdict(grid)) if grid.bits <= MOST_BITS else None
 
-    def grid(self) -> Grid:
-        """The grid of the same numbers, which refuses fields that make none."""
-        return Grid(**asdict(self))
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Of ``planes``."""
+        return planes_shape(out_features, in_features, self.bits, self.grid().group(in_features))
 
-    def storage(self, out_features: int, in_features: int) -> Storage:
-        """``planes``, and the grid's ``scale`` and, if asymmetric, ``zero``."""
-        grid = self.grid()
-        stored = grid.storage(out_features, in_features)
-        del stored["packed"]
-        shape = planes_shape(out_features, in_features, self.bits, grid.group(in_features))
-        return {"planes": (shape, torch.uint8), **stored}
-
-    def encode(self, weight: Tensor) -> Tensors:
-        """Round to nearest, as the grid does."""
-        return self.relaid(self.grid().encode(weight), weight.shape[1])
-
-    def relaid(self, tensors: Mapping[str, Tensor], in_features: int) -> Tensors:
-        """From the stored tensors of the grid; scales and zeros are the same tensors, not copies."""
-        packed, rows = tensors["packed"], tensors["scale"].shape[0]
-        group = self.grid().group(in_features)
-        planes = packed.new_empty(planes_shape(rows, in_features, self.bits, group))
-        step = max(1, PACKED_AT_ONCE // (TILE_ROWS * in_features))
-        starts = range(0, planes.shape[0], step)
-        # Without values the first strip stands for all: they cost alike.
-        for start in starts[:1] if packed.is_meta or is_fake(packed) else starts:
-            codes = unpack(packed[start * TILE_ROWS : (start + step) * TILE_ROWS], self.bits, in_features)
-            planes[start : start + step] = pack_planes(codes, self.bits, group)
-        return {"planes": planes, **{name: tensor for name, tensor in tensors.items() if name != "packed"}}
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """Codes uint8 (rows, I) as planes."""
+        return pack_planes(codes, self.bits, self.grid().group(codes.shape[1]))
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The numbers (O, I) that stored tensors stand for, in ``dtype``."""
@@ -120,16 +87,3 @@ class BitPlanes(Format):
             return in_features * dtype.itemsize
         # In plain torch its codes, the nibbles and masks that they come from, and scales at each column.
         return in_features * (4 + 3 * dtype.itemsize)
-
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensors:
-        """The tiles, scales and zeros of the rows, which begin with a tile."""
-        tiles = slice(rows.start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
-        return {name: tensor[tiles if name == "planes" else rows] for name, tensor in tensors.items()}
-
-    def rows_together(self) -> int:
-        """Those of a tile."""
-        return TILE_ROWS
-
-    def out_features(self, tensors: Mapping[str, Tensor]) -> int:
-        """O, which the scales tell; planes are padded."""
-        return tensors["scale"].shape[0]

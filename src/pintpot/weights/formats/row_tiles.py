@@ -8,11 +8,11 @@ for zeros, which have a byte each.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
 from pintpot.kernels import native, unpack
@@ -27,28 +27,22 @@ from pintpot.kernels.row_tiles import (
     row_tiles_serve,
     row_tiles_shape,
 )
-from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
-from pintpot.weights.formats.bit_planes import PACKED_AT_ONCE
-from pintpot.weights.formats.grid import Grid
+from pintpot.weights.formats._base import Storage, Tensors, file_name
+from pintpot.weights.formats.relaid_grid import RelaidGrid
 
 
 @file_name("row_tiles")
 @dataclass(frozen=True, kw_only=True)
-class RowTiles(Format):
-    """The numbers of a ``Grid`` with the same fields, bit for bit; only their order in memory is another.
+class RowTiles(RelaidGrid):
+    """A grid as tiles of 16 rows; groups are multiples of 32 in-features, or whole rows.
 
     Attributes:
-        bits: width of a code, 1 to 8.
-        group_size: in-features that share a scale, a multiple of 32; -1 for a whole row.
-        symmetric: the zero is fixed at ``2 ** (bits - 1)`` and not stored.
-        scale_dtype: ``"float16"`` or ``"bfloat16"``.
         int8_inputs: round few rows of input to 8 bits, relative to the largest number of up to 128 columns.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = False
-    scale_dtype: str = "float16"
+    codes: ClassVar[str] = "tiles"
+    tile_rows: ClassVar[int] = ROWS
+
     int8_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -57,40 +51,31 @@ class RowTiles(Format):
                 f"tiles of rows have groups of a multiple of {BLOCK}, not of {self.group_size}",
                 hint="keep other groups in a grid",
             )
-        self.grid()
+        super().__post_init__()
 
-    def grid(self) -> Grid:
-        """The grid of the same numbers, which refuses fields that make none."""
-        return Grid(**{name: value for name, value in asdict(self).items() if name != "int8_inputs"})
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Of ``tiles``."""
+        return row_tiles_shape(out_features, in_features, self.bits)
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """Codes uint8 (rows, I) in tiles."""
+        return pack_row_tiles(codes, self.bits)
 
     def storage(self, out_features: int, in_features: int) -> Storage:
         """``tiles``, ``scale`` (O * N,) and, if asymmetric, ``zero`` (O * N,), a byte each."""
-        scale, dtype = self.grid().storage(out_features, in_features)["scale"]
-        stored: Storage = {
-            "tiles": (row_tiles_shape(out_features, in_features, self.bits), torch.uint8),
-            "scale": ((scale[0] * scale[1],), dtype),
-        }
+        stored = super().storage(out_features, in_features)
+        (rows, groups), dtype = stored["scale"]
+        stored["scale"] = (rows * groups,), dtype
         if not self.symmetric:
-            stored["zero"] = (stored["scale"][0], torch.uint8)
+            stored["zero"] = (rows * groups,), torch.uint8
         return stored
-
-    def encode(self, weight: Tensor) -> Tensors:
-        """Round to nearest, as the grid does."""
-        return self.relaid(self.grid().encode(weight), weight.shape[1])
 
     def relaid(self, tensors: Mapping[str, Tensor], in_features: int) -> Tensors:
         """From the stored tensors of the grid."""
-        packed, (rows, groups) = tensors["packed"], tensors["scale"].shape
-        tiles = packed.new_empty(row_tiles_shape(rows, in_features, self.bits))
-        step = max(1, PACKED_AT_ONCE // (ROWS * in_features))
-        starts = range(0, tiles.shape[0], step)
-        # Without values the first strip stands for all: they cost alike.
-        for start in starts[:1] if packed.is_meta or is_fake(packed) else starts:
-            codes = unpack(packed[start * ROWS : (start + step) * ROWS], self.bits, in_features)
-            tiles[start : start + step] = pack_row_tiles(codes, self.bits)
-        stored = {"tiles": tiles, "scale": by_tiles(tensors["scale"])}
-        if "zero" in tensors:
-            stored["zero"] = by_tiles(unpack(tensors["zero"], self.bits, groups))
+        stored, groups = super().relaid(tensors, in_features), tensors["scale"].shape[1]
+        stored["scale"] = by_tiles(stored["scale"])
+        if "zero" in stored:
+            stored["zero"] = by_tiles(unpack(stored["zero"], self.bits, groups))
         return stored
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
@@ -128,10 +113,6 @@ class RowTiles(Format):
         groups = groups_of(tensors["tiles"], self.group_size)
         across, each = slice(rows.start // ROWS, -(-rows.stop // ROWS)), slice(rows.start * groups, rows.stop * groups)
         return {name: tensor[across if name == "tiles" else each] for name, tensor in tensors.items()}
-
-    def rows_together(self) -> int:
-        """Those of a tile."""
-        return ROWS
 
     def out_features(self, tensors: Mapping[str, Tensor]) -> int:
         """O, which the scales tell; tiles are padded."""

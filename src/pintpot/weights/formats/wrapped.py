@@ -52,6 +52,10 @@ class Wrapped(Format):
         """The inner product of the changed input."""
         return self.inner.matmul(self.changed(input, tensors), within(self.prefix, tensors))
 
+    def multiplies_packed(self) -> bool:
+        """As the inner format does: only its input is changed."""
+        return self.inner.multiplies_packed()
+
     def workspace(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """That of the inner format; the changed input is as large as the input, which is not counted either."""
         return self.inner.workspace(out_features, in_features, dtype)
