@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, StaticCache
 
 from pintpot.core.errors import CompositionError, UnsupportedModel
 from pintpot.core.ledger import Account, Ledger, Moment
@@ -108,6 +108,22 @@ def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, t
         # to be trained may start further away, and inputs in 8-bit floats are wrong by up to 1/16 each.
         limit = 0.1 if isinstance(method, TrainedMethod) or Float8Input.kind in formats_in(model) else 0.05
         assert (in_place - dense).abs().max() < limit * dense.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bitstack", "endor", "fireq", "flash-llm", "onebit", "rtn", "svdquant", "vptq"])
+def test_a_decoding_step_is_captured_in_one_graph(name):
+    """By ``torch.compile``, with each kind of format."""
+    method, model = method_of(name), tiny_model("llama")
+    method.quantize_model_(model, texts_for(method))
+    captured = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    ids = torch.tensor([[5]])
+    caches = [StaticCache(config=model.config, max_cache_len=8) for _ in range(2)]
+
+    with torch.no_grad():
+        plain, seen = model(ids, past_key_values=caches[0]).logits, captured(ids, past_key_values=caches[1]).logits
+    torch._dynamo.reset()
+
+    assert torch.equal(plain, seen)
 
 
 @pytest.mark.parametrize(("name", "architecture"), PAIRS)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.cache._base import Call, LayerSizes, Place
 from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import UnsupportedModel
+from pintpot.core.values import has_values
 
 CHECKED_TOKENS = 4
 """Tokens on which the projections are tried before anything is stored."""
@@ -101,7 +101,7 @@ def check_projections(tokens: Tokens, call: Call, place: Place) -> None:
     if tokens.inputs is None:
         raise _unsupported(call.module, "does not show what it is given")
     few = tokens.part(0, CHECKED_TOKENS)
-    if few.inputs is None or is_fake(few.keys) or few.keys.is_meta:
+    if few.inputs is None or not has_values(few.keys):
         return
     made = Projections(call.module, place.sizes)
     inputs = few.inputs.squeeze(1)

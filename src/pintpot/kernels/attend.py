@@ -86,7 +86,7 @@ class Float8Block(NamedTuple):
 
 def reads_packed(queries: int) -> bool:
     """Whether so many queries of a key-value head read blocks as they are packed on this machine's processor."""
-    return queries <= FEW_QUERIES and native.library() is not None
+    return queries <= FEW_QUERIES and native.built()
 
 
 def attend_serves(query: Tensor, blocks: Sequence[PackedBlock | Float8Block]) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from pintpot.core.values import has_values
 from pintpot.kernels import gpu, native
 from pintpot.kernels.packing import unpack
 
@@ -25,7 +25,7 @@ FEW_ROWS = 8
 
 
 def _row_bytes(in_features: int, groups: int, itemsize: int) -> int:
-    if native.library() is not None:
+    if native.built():
         return in_features * itemsize
     # At the peak, the codes (a byte each) and the numbers made from them are alive together, and for each group the
     # zero (a byte, and a number) and the scale.
@@ -132,7 +132,7 @@ def _strips(out_features: int, in_features: int, groups: int, operand: Tensor) -
     """Rows that are dense together. For an operand without values the first strip stands for all: they cost alike."""
     step = _rows_at_once(in_features, groups, operand.dtype.itemsize)
     starts = range(0, out_features, step)
-    for start in starts[:1] if operand.is_meta or is_fake(operand) else starts:
+    for start in starts if has_values(operand) else starts[:1]:
         yield slice(start, start + step)
 
 

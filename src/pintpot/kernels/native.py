@@ -57,10 +57,17 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@torch.compiler.assume_constant_result
 def path() -> str:
     """The instruction set that the kernels use here (``avx512``, ``avx2``, ``generic``), or ``PLAIN`` without them."""
     found = library()
     return PLAIN if found is None else found.pintpot_path().decode()
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether there is a library."""
+    return library() is not None
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -68,7 +75,7 @@ def serves(*tensors: Tensor | None) -> bool:
 
     Fake tensors are judged as the real ones that they stand for, so that a rehearsal takes the path of the run.
     """
-    return takes("cpu", *tensors) and library() is not None
+    return takes("cpu", *tensors) and built()
 
 
 def takes(device_type: str, *tensors: Tensor | None) -> bool:

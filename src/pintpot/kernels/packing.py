@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
+from pintpot.core.values import has_values
 from pintpot.kernels import native
 from pintpot.kernels.layout import field_bytes, fields_of, packed_size
 
@@ -87,7 +87,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 def unpack_definition(packed: Tensor, bits: int, count: int) -> Tensor:
     """What ``unpack`` does, in plain torch."""
     codes = packed.new_empty((*packed.shape[:-1], count))
-    if packed.is_meta or is_fake(packed):
+    if not has_values(packed):
         # The temporaries below are smaller than the codes' next form, so leaving them out moves no peak.
         return codes
     start = shift = 0

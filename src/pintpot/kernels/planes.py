@@ -21,7 +21,7 @@ def join_planes(planes: Sequence[Bytes], chunk: Bytes) -> None:
     """What ``byte_planes.join_exponents`` does, which also does it where there is no library."""
     width, count = len(planes), len(planes[0])
     fits = len(chunk) == width * count and width in (2, 4) and all(len(plane) == count for plane in planes)
-    if native.library() is None or not fits or not all(a.flags.c_contiguous for a in (*planes, chunk)):
+    if not native.built() or not fits or not all(a.flags.c_contiguous for a in (*planes, chunk)):
         byte_planes.join_exponents(planes, chunk)
         return
     held = [_address(plane) for plane in planes] + [None] * (4 - width)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from ctypes import c_int64
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -321,7 +320,8 @@ def _rounded(numbers: Tensor, lattice: Lattice, rounding: Rounding, seed: int, s
     if numbers.dtype not in native.DTYPES or not native.serves(numbers):
         return round_definition(numbers, lattice, rounding, seed, stream)
     settings = [lattice.digits, lattice.least_exponent, int(lattice.flushes), MODES.index(rounding)]
-    draw = [c_int64(number).value for number in (seed, stream)]
+    # As signed integers of 64 bits.
+    draw = [(number + (1 << 63)) % (1 << 64) - (1 << 63) for number in (seed, stream)]
     rounded: Tensor = torch.ops.pintpot.round_to(numbers, settings, [*lattice.limits(rounding)], draw)
     return rounded
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
+
+from pintpot.core.values import has_values
 
 DISTANCE_BYTES = 64 << 20
 """Most bytes of distances between vectors and entries that are held at a time."""
@@ -72,7 +73,7 @@ def cluster(
     Returns:
         float32 (K, V); with no values where the vectors have none.
     """
-    if vectors.is_meta or is_fake(vectors):
+    if not has_values(vectors):
         return vectors.new_empty((count, vectors.shape[1]))
     weight = vectors.new_ones(vectors.shape[0]) if importance is None else importance.float()
     if not bool((weight > 0).any()):

@@ -23,12 +23,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import CompositionError
 from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
+from pintpot.core.values import has_values
 from pintpot.core.workload import Workload
 from pintpot.weights._base import risk_between
 from pintpot.weights.clustering import cluster, nearest
@@ -152,7 +152,7 @@ class ClusteredWeight(StandIn):
 
 def unique_values(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The values (U,) that occur in a weight rounded to bfloat16, and how often each does (U,), both float32."""
-    if weight.is_meta or is_fake(weight):
+    if not has_values(weight):
         return weight.new_empty(1), weight.new_empty(1)
     counts = torch.bincount(_patterns(weight).flatten(), minlength=PATTERNS)
     found = counts.nonzero()[:, 0]

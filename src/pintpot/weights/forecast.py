@@ -169,14 +169,14 @@ def encoding_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> i
 
     A weight of 16 bits is made float32 first, and packing without the compiled kernel has temporaries of its own.
     """
-    each = 8 + (0 if dtype is torch.float32 else 4) + (0 if native.library() is not None else 4)
+    each = 8 + (0 if dtype is torch.float32 else 4) + (0 if native.built() else 4)
     return each * min(ENCODE_ELEMENTS, out_features * in_features)
 
 
 def multiplies_packed(layout: Layout, rows: int) -> bool:
     """Whether products with so many rows of input are made by compiled kernels, without workspace."""
     served = all(f.multiplies_packed() for formats in set(layout.values()) for f in formats)
-    return served and rows <= FEW_ROWS and native.library() is not None
+    return served and rows <= FEW_ROWS and native.built()
 
 
 def extra_reads(shape: ModelShape, method: WeightMethod, rows: int) -> int:
@@ -193,10 +193,8 @@ def extra_reads(shape: ModelShape, method: WeightMethod, rows: int) -> int:
         rows: rows of input of each product.
     """
     layout, itemsize = layout_of(shape, method), shape.dtype.itemsize
-    if multiplies_packed(layout, rows):
-        each = 1 - itemsize
-    else:
-        each = 2 * itemsize if native.library() is not None else 2 + 5 * itemsize
+    decoded = 2 * itemsize if native.built() else 2 + 5 * itemsize
+    each = 1 - itemsize if multiplies_packed(layout, rows) else decoded
     return sum(t.nbytes(layout[t.parameter]) + t.numel * each for t in replaced_in(shape, layout))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
+from pintpot.core.values import has_values
 from pintpot.kernels import unpack
 from pintpot.weights.integer_arithmetic import LARGEST, dyadic, integer_norm, rescale, shift_gelu, shiftmax
 from pintpot.weights.modules import CompressedLinear
@@ -188,7 +188,7 @@ class IntegerViTLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``hidden_states`` (B, T, C) -> (B, T, C); there is no mask in a vision transformer."""
-        if hidden_states.is_meta or is_fake(hidden_states):
+        if not has_values(hidden_states):
             return torch.empty_like(hidden_states)
         into, _, _, out_of = self.scales.tolist()
         top = 1 << (LONG_WORD - 1)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
+from pintpot.core.values import has_values
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.targets import Target
 
@@ -118,7 +119,7 @@ class CompressedLinear(PackedTerms, nn.Linear):
         Of a layer whose stored tensors have only shapes, it is a tensor that has only a shape.
         """
         stored = next(iter(self._buffers.values()))
-        if stored is not None and (stored.is_meta or is_fake(stored)):
+        if stored is not None and not has_values(stored):
             return stored.new_empty((self.out_features, self.in_features), dtype=self.dtype)
         dense = _added(layout.decode(tensors, self.in_features, self.dtype) for layout, tensors in self.stored())
         writable = dense.as_subclass(_WritableWeight)

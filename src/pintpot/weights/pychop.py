@@ -104,7 +104,7 @@ class Pychop(Arithmetic):
         """Rounded copies: of one layer in generation, of all in training, with the outputs before rounding."""
         targets = targets_of(shape)
         sizes = [t.numel * t.dtype.itemsize for t in targets]
-        plain = PLAIN_BYTES * max(t.numel for t in targets) if native.library() is None else 0
+        plain = PLAIN_BYTES * max(t.numel for t in targets) if not native.built() else 0
         if not isinstance(workload, Train):
             more = (max(sizes) + plain) * self.weights
             return ledger.add(Account.WORKSPACE, more, phases=("prefill", "decode"))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import _default_apply_gate
 from transformers.pytorch_utils import Conv1D
 
 from pintpot.core.errors import UnsupportedModel
 from pintpot.core.model_folder import check_finite
 from pintpot.core.shape import block_names
+from pintpot.core.values import has_values
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.statistics import InputStatistics
 
@@ -79,7 +79,7 @@ class Target:
             ModelFolderError: when the parameter holds NaN or Inf.
         """
         dense = self.rows(weight)
-        if not (weight.is_meta or is_fake(weight)):
+        if has_values(weight):
             check_finite(self.parameter, dense)
         if len(self.shape) == 2:
             return method.find(self.parameter, dense, formats, seen[0] if seen else None)

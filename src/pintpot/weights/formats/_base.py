@@ -13,9 +13,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ModelFolderError, ShapeError
+from pintpot.core.values import has_values
 from pintpot.kernels import native
 
 Tensors = dict[str, Tensor]
@@ -183,14 +183,14 @@ def rows_at_once(row_bytes: int, together: int = 1) -> int:
 
 def decodes_in_place(dtype: torch.dtype) -> bool:
     """Whether compiled kernels decode into numbers of this dtype, with no temporaries but these."""
-    return dtype in native.DTYPES and native.library() is not None
+    return dtype in native.DTYPES and native.built()
 
 
 def strips(layout: Format, out_features: int, in_features: int, operand: Tensor) -> Iterator[slice]:
     """Rows that are dense together. For an operand without values the first strip stands for all: they cost alike."""
     step = rows_at_once(layout.row_bytes(in_features, operand.dtype), layout.rows_together())
     starts = range(0, out_features, step)
-    for start in starts[:1] if operand.is_meta or is_fake(operand) else starts:
+    for start in starts if has_values(operand) else starts[:1]:
         yield slice(start, start + step)
 
 

@@ -49,11 +49,11 @@ class BitPlanes(RelaidGrid):
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Of ``planes``."""
-        return planes_shape(out_features, in_features, self.bits, self.grid().group(in_features))
+        return planes_shape(out_features, in_features, self.bits, self.group(in_features))
 
     def pack_codes(self, codes: Tensor) -> Tensor:
         """Codes uint8 (rows, I) as planes."""
-        return pack_planes(codes, self.bits, self.grid().group(codes.shape[1]))
+        return pack_planes(codes, self.bits, self.group(codes.shape[1]))
 
     def decode(self, tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
         """The numbers (O, I) that stored tensors stand for, in ``dtype``."""
@@ -62,7 +62,7 @@ class BitPlanes(RelaidGrid):
             tensors["scale"],
             tensors.get("zero"),
             bits=self.bits,
-            group_size=self.grid().group(in_features),
+            group_size=self.group(in_features),
             in_features=in_features,
             dtype=dtype,
         )
@@ -78,12 +78,12 @@ class BitPlanes(RelaidGrid):
             tensors["scale"],
             tensors.get("zero"),
             bits=self.bits,
-            group_size=self.grid().group(input.shape[-1]),
+            group_size=self.group(input.shape[-1]),
         )
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries in decoding one row: with the compiled kernel its numbers alone."""
-        if native.library() is not None:
+        if native.built():
             return in_features * dtype.itemsize
         # In plain torch its codes, the nibbles and masks that they come from, and scales at each column.
         return in_features * (4 + 3 * dtype.itemsize)

@@ -44,7 +44,7 @@ class RegisterTiles(RelaidGrid):
             tensors["scale"],
             tensors.get("zero"),
             bits=self.bits,
-            group_size=self.grid().group(in_features),
+            group_size=self.group(in_features),
             in_features=in_features,
             dtype=dtype,
         )
@@ -57,7 +57,7 @@ class RegisterTiles(RelaidGrid):
             tensors["scale"],
             tensors.get("zero"),
             bits=self.bits,
-            group_size=self.grid().group(input.shape[-1]),
+            group_size=self.group(input.shape[-1]),
         )
         return multiply_by_strips(self, input, tensors) if product is None else product
 

@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from pintpot.core.values import has_values
 from pintpot.kernels import unpack
-from pintpot.weights.formats._base import Format, Storage, Tensors
+from pintpot.weights.formats._base import Storage, Tensors
 from pintpot.weights.formats.grid import Grid
+from pintpot.weights.formats.grouped import Grouped
 
 PACKED_AT_ONCE = 1 << 18
 """Codes that are put into another order at a time."""
@@ -22,7 +23,7 @@ PACKING_BYTES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelaidGrid(Format):
+class RelaidGrid(Grouped):
     """The numbers of a ``Grid`` with the same fields, bit for bit; only their order in memory is another.
 
     A base: a subclass says how the codes of some rows lie, in tiles of a number of rows.
@@ -78,7 +79,7 @@ class RelaidGrid(Format):
         step = max(1, PACKED_AT_ONCE // (self.tile_rows * in_features)) * self.tile_rows
         starts = range(0, rows, step)
         # Without values the first strip stands for all: they cost alike.
-        for start in starts[:1] if packed.is_meta or is_fake(packed) else starts:
+        for start in starts if has_values(packed) else starts[:1]:
             tiles = self.pack_codes(unpack(packed[start : start + step], self.bits, in_features))
             codes.narrow(self.tile_dim, start // self.tile_rows, tiles.shape[self.tile_dim]).copy_(tiles)
         return {self.codes: codes, **{name: tensor for name, tensor in tensors.items() if name != "packed"}}

@@ -58,5 +58,5 @@ class Rotated(Wrapped):
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
         """The inner format's and the mixed row, which plain torch makes in halves that it puts together."""
-        mixed = 4 if native.library() is not None else 12
+        mixed = 4 if native.built() else 12
         return self.inner.row_bytes(in_features, torch.float32) + mixed * in_features

@@ -84,7 +84,7 @@ class RowTiles(RelaidGrid):
             tensors["tiles"],
             tensors["scale"],
             tensors.get("zero"),
-            group_size=self.grid().group(in_features),
+            group_size=self.group(in_features),
             in_features=in_features,
             dtype=dtype,
         )
@@ -98,12 +98,12 @@ class RowTiles(RelaidGrid):
         stored = tensors["tiles"], tensors["scale"], tensors.get("zero")
         if not row_tiles_serve(flat, *stored):
             return None
-        group_size = self.grid().group(flat.shape[1])
+        group_size = self.group(flat.shape[1])
         return row_tiles_matmul(flat, *stored, group_size=group_size, digits=int(self.int8_inputs))
 
     def row_bytes(self, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of temporaries in decoding one row: with the compiled kernel its numbers alone."""
-        if native.library() is not None:
+        if native.built():
             return in_features * dtype.itemsize
         # In plain torch its codes twice, and scale and zero at each column.
         return in_features * (4 + 3 * dtype.itemsize)

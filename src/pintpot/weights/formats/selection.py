@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+
+from pintpot.core.values import has_values
 
 
 def largest(score: Tensor, count: int) -> Tensor:
@@ -21,7 +22,7 @@ def largest(score: Tensor, count: int) -> Tensor:
         bool, in the shape of ``score``, with exactly ``count`` true.
     """
     flat = score.reshape(-1)
-    if score.is_meta or is_fake(score) or score.device.type != "cpu":
+    if not has_values(score) or score.device.type != "cpu":
         mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
         return mask.scatter_(0, flat.topk(count).indices, True).view(score.shape)
     place = flat.numel() - count

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from pintpot.core.errors import ShapeError
+from pintpot.core.values import has_values
 from pintpot.kernels import GridNumbers, native, pack, packed_size, sparse_decode, sparse_matmul, sparse_matmul_serves
 from pintpot.kernels.sparse import in_order
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name, prefixed, within
@@ -142,10 +142,7 @@ class Sparse(Format):
             (rows, k n), as the inner format holds it; the last row is filled up.
         """
         count = self.kept_blocks(*mask.shape)
-        if mask.is_meta or is_fake(mask):
-            places = mask.new_zeros(count, dtype=torch.int64)
-        else:
-            places = mask.flatten().nonzero()[:, 0]
+        places = mask.flatten().nonzero()[:, 0] if has_values(mask) else mask.new_zeros(count, dtype=torch.int64)
         rows, width = self.held(*mask.shape)
         filled = torch.cat([places, places[-1:].expand(rows * (width // self.block) - count)])
         return blocks.flatten(0, 1)[filled].reshape(rows, -1)
@@ -218,7 +215,7 @@ class Sparse(Format):
         bitmap, inner = tensors["bitmap"], within("values_", tensors)
         if self.balanced:
             return {"bitmap": bitmap[own], **prefixed("values_", self.values.rows(inner, own))}
-        if bitmap.is_meta or is_fake(bitmap):
+        if not has_values(bitmap):
             # An even share, as nobody knows better.
             total, share = self.values.out_features(inner), own.stop - own.start
             kept = self.values.rows(inner, slice(0, -(-total * min(share, bitmap.shape[0]) // bitmap.shape[0])))
@@ -240,7 +237,7 @@ class Sparse(Format):
         """The row itself, kept numbers that are not dense, and without the library the mask and more copies."""
         columns = in_features // self.block_columns
         kept = self.kept(columns) * self.block_columns
-        if native.library() is not None:
+        if native.built():
             numbers = 0 if isinstance(self.values, Dense) else self.values.row_bytes(kept, dtype)
             return numbers + in_features * dtype.itemsize
         copies = 1 if self.block_rows == 1 else 2

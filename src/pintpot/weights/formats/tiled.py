@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 from pintpot.core.errors import ShapeError
+from pintpot.core.values import has_values
 from pintpot.kernels import tiled_matmul, tiled_matmul_serves
 from pintpot.kernels.tiled import MOST_PLACES
 from pintpot.weights.formats._base import Format, Storage, Tensors, file_name
@@ -94,7 +94,7 @@ class Tiled(Format):
         """With the numbers of a mask, bool (O, I), of as many as are kept."""
         rows, columns = self.tiles(weight.shape[1])
         tile = self.tile_rows * self.tile_columns
-        if mask.is_meta or is_fake(mask):
+        if not has_values(mask):
             places = mask.new_zeros(self.kept(mask.numel()), dtype=torch.int64)
         else:
             places = self._by_tile(mask).nonzero()[:, 0]
@@ -118,7 +118,7 @@ class Tiled(Format):
         starts, values, places = tensors["starts"], tensors["values"], tensors["places"]
         count = starts.shape[0] - 1
         dense = torch.zeros(count * tile, dtype=dtype, device=values.device)
-        if not (values.is_meta or is_fake(values)):
+        if has_values(values):
             kept = slice(int(starts[0]), int(starts[-1]))
             tiles = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
             dense[places[kept].long().add_(tiles.mul_(tile))] = values[kept].to(dtype)
