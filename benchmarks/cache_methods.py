@@ -1,9 +1,9 @@
-"""Which caches are measured: every keep and store of the registry, some compositions, and transformers' own.
+"""Which caches are measured: every technique of the registry, some compositions, and transformers' own.
 
-Every keep is measured in shares of the dense cache's bytes, every store at each of its options, and every keep also
-with packed survivors. The rule for a keep's windows, whose defaults suit contexts far longer than the benchmark's: all
-of its ``*_tokens`` are halved until the least that the keep can hold takes half of the bytes at most, or, where that
-cannot be, all of them.
+Every keep is measured in shares of the dense cache's bytes, every store and every sharing of layers at each of its
+options, and every keep also with packed survivors. The rule for a keep's windows, whose defaults suit contexts far
+longer than the benchmark's: all of its ``*_tokens`` are halved until the least that the keep can hold takes half of the
+bytes at most, or, where that cannot be, all of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
 
 from pintpot.cache import Keep, Store, build_cache, cache_bytes
-from pintpot.cache._base import CacheTechnique
+from pintpot.cache._base import CacheTechnique, LayerSharing
 from pintpot.cache.calibration import Calibrated, calibrate
+from pintpot.cache.residue import Residue
 from pintpot.core.errors import PintpotError
 from pintpot.core.expression import expression, parse
 from pintpot.core.registry import techniques
@@ -42,6 +44,7 @@ COMPOSED: tuple[tuple[str, float | None], ...] = (
     ("kivi(residual_length=32)", None),
     ("kivi(bits=4, residual_length=0)", None),
     ("lagkv*kivi(residual_length=32)", 0.125),
+    *(("h2o*less", fraction) for fraction in FRACTIONS),
     (LEVERAGE, 0.25),
     (LEVERAGE, 0.125),
     (f"{LEVERAGE}*kivi(bits=4, residual_length=0)", 0.125),
@@ -52,6 +55,8 @@ COMPOSED: tuple[tuple[str, float | None], ...] = (
     (f"{LEVERAGE}*rotatekv(bits=3, group_size=32, sink_tokens=0)", 0.05),
 )
 """Expressions, and their share of the dense cache's bytes; None for what they take."""
+
+Part = TypeVar("Part", bound=CacheTechnique)
 
 HALVINGS = 8
 BASELINE = "DynamicCache"
@@ -128,13 +133,15 @@ def ours(parts: Sequence[CacheTechnique], fraction: float | None = None) -> Meth
     """A composition; with a fraction, as much as fits that share of the dense cache's bytes."""
 
     def make(subject: Subject, job: Job) -> Cache:
-        keep, store = (_first([calibrated(subject, p) for p in parts], kind) for kind in (Keep, Store))
+        used = [calibrated(subject, p) for p in parts]
         model = subject.model
         given = None if fraction is None else budget_bytes(model.config, job, fraction, model.dtype)
         return build_cache(
             model.config,
-            keep=keep,
-            store=store,
+            keep=_first(used, Keep),
+            store=_first(used, Store),
+            layers=_first(used, LayerSharing),
+            residue=_first(used, Residue),
             budget_bytes=given,
             batch=job.batch,
             tokens=job.context + job.asked,
@@ -152,7 +159,7 @@ def ours(parts: Sequence[CacheTechnique], fraction: float | None = None) -> Meth
     )
 
 
-def _first(parts: Sequence[CacheTechnique], kind: type) -> CacheTechnique | None:
+def _first(parts: Sequence[CacheTechnique], kind: type[Part]) -> Part | None:
     return next((part for part in parts if isinstance(part, kind)), None)
 
 
@@ -193,7 +200,7 @@ def _fitted(
     """The parts with the keep's windows halved; None where there is no keep, or it cannot hold so little."""
     keep, store = _first(parts, Keep), _first(parts, Store)
     fitted = None if keep is None else windows_for(keep, store, config, job, fraction, dtype)
-    return None if fitted is None else [fitted, *(part for part in parts if part is store)]
+    return None if fitted is None else [fitted, *(part for part in parts if part is not keep)]
 
 
 def _halved(keep: Keep) -> Iterator[Keep]:
@@ -237,7 +244,8 @@ def methods(config: PretrainedConfig, job: Job, dtype: torch.dtype = torch.float
     keeps = [kind() for kind in kinds if kind.facts.part == "keep"]
     shape = ModelShape.from_config(config, dtype)
     workload = Generate(batch=job.batch, prompt_tokens=job.context, new_tokens=max(1, job.asked))
-    found = [ours([option]) for kind in kinds if kind.facts.part == "store" for option in kind.options(shape, workload)]
+    alone = [kind for kind in kinds if kind.facts.part in ("store", "layers")]
+    found = [ours([option]) for kind in alone for option in kind.options(shape, workload)]
     packed = parse(PACKED)
     wanted = [((keep,), fraction) for keep in keeps for fraction in FRACTIONS]
     wanted += [((keep, *packed), fraction) for keep in keeps for fraction in PACKED_FRACTIONS]

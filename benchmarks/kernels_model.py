@@ -2,7 +2,7 @@
 
 Run with ``python -m benchmarks.kernels_model`` (``--quick`` tries it with two layers and writes nothing). The sides
 are those of TinyLlama. The model is compressed by ``rtn`` and exported to GGUF where that is exact (4 and 8 bits in
-groups of 32), so that llama.cpp has the very same numbers; ours is read by each of ``KERNELS``. The head and the
+groups of 32), so that llama.cpp has the very same numbers; ours is read in each of ``READINGS``. The head and the
 embedding are bfloat16 in both. Each run has a process of its own: it reads a prompt of 32 tokens, decodes 64 more one
 by one, of given ids, and then reads one of 512 into a new cache. Times are medians over tokens; peaks are those of the
 whole process, with what is imported.
@@ -42,8 +42,15 @@ WAYS = {
 """What is compressed how. The first two are exported."""
 
 EXPORTED = tuple(WAYS)[:2]
-KERNELS = ("", "row-tiles", "row-tiles(int8_inputs=True)")
-"""What reads the weights; first as they are stored."""
+READINGS = (
+    ("", "as it is"),
+    ("row-tiles", "as it is"),
+    ("row-tiles(int8_inputs=True)", "as it is"),
+    ("row-tiles(int8_inputs=True)", "compiled"),
+)
+"""What reads the weights (first as they are stored), and whether ``torch.compile`` makes a program of a decoding step:
+with a static cache and transformers' ``eager`` attention, which it joins with what is around. Its median leaves out the
+compilation; its peak does not."""
 
 PROMPT, NEW, LONG = 32, 64, 512
 
@@ -74,18 +81,23 @@ OURS = (
 import torch
 torch.set_num_threads(threads)
 torch.set_grad_enabled(False)
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from pintpot.core.expression import parse
 from pintpot.weights import load_compressed
 model = load_compressed(source).eval()
 for kernel in parse(sys.argv[6]) if sys.argv[6] else ():
     kernel.apply_(model)
-cache = [DynamicCache(config=model.config)]
-def run(tokens):
-    return model(torch.tensor([tokens]), past_key_values=cache[0], logits_to_keep=1).logits[0, -1].argmax()
+cache, step = [DynamicCache(config=model.config)], model
+if sys.argv[7] == "compiled":
+    model.set_attn_implementation("eager")
+    cache = [StaticCache(config=model.config, max_cache_len=prompt + new)]
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False)
+def run(tokens, forward=model):
+    return forward(torch.tensor([tokens]), past_key_values=cache[0], logits_to_keep=1).logits[0, -1].argmax()
 def start_anew():
+    model.set_attn_implementation("sdpa")
     cache[0] = DynamicCache(config=model.config)
-told(run, lambda token: run([token]), start_anew)
+told(run, lambda token: run([token], step), start_anew)
 """
 )
 
@@ -119,9 +131,9 @@ def write_model(folder: Path, layers: int) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def measured(python: str, script: str, source: Path, threads: int, kernel: str = "", **more: str) -> dict[str, Any]:
+def measured(python: str, script: str, source: Path, threads: int, *reading: str, **more: str) -> dict[str, Any]:
     """The figures of a run in a process of its own; why there are none, where there are none."""
-    command = [python, "-c", script, str(source), *map(str, (threads, PROMPT, NEW, LONG)), kernel]
+    command = [python, "-c", script, str(source), *map(str, (threads, PROMPT, NEW, LONG)), *reading]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **more})
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
@@ -143,9 +155,10 @@ def rows(layers: int, threads: int) -> Iterator[dict[str, Any]]:
                 libraries = {"LLAMA_CPP_LIB_PATH": str(OUT / "ggml")}
                 theirs = measured(str(LLAMA), THEIRS, file, threads, **libraries)
                 file.unlink()
-            for kernel in KERNELS:
-                ours = measured(sys.executable, OURS, packed, threads, kernel)
-                yield from said(way, "*".join(filter(None, (technique, kernel))), layers, ours, theirs)
+            for kernel, run in READINGS:
+                ours = measured(sys.executable, OURS, packed, threads, kernel, run)
+                config = "*".join(filter(None, (technique, kernel))) + ", torch.compile" * (run == "compiled")
+                yield from said(way, config, layers, ours, theirs)
 
 
 METRICS: dict[tuple[str, str], Callable[[dict[str, Any]], float]] = {

@@ -47,8 +47,13 @@ EXPLICIT = (
     "gptq(bits=3, group_size=64, activation_order=False, static_groups=False)",
     "awq(bits=4, group_size=64, clip=False)",
     "awq(bits=3, group_size=64, clip=False)",
+    *(f"rtn(bits={bits}, group_size=16)" for bits in (4, 3, 2)),
+    *(f"adadim(bits={bits}, group_size=16, base={base})" for bits in (4, 3, 2) for base in ("gptq", "rtn")),
 )
-"""Further configurations: what is compared with its like among the peers, and what shows a part of a method."""
+"""Further configurations: what is compared with its like among the peers, and what shows a part of a method.
+
+AdaDim has a choice only where both sides are whole groups: in the embedded model, of 16.
+"""
 
 USE = Generate(batch=1, prompt_tokens=512, new_tokens=64)
 """What options are asked for."""

@@ -35,8 +35,8 @@ from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
 
-RISK_AT_QUARTER = 0.1
-"""Relative rise of perplexity where a quarter of the layers share; a guess."""
+RISK_AT_QUARTER = 0.3
+"""Relative rise of perplexity where a quarter of the layers share."""
 
 
 @technique(
@@ -125,9 +125,9 @@ class KVSharer(Calibrated, LayerSharing):
         )
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
-        """A guess: with the square of the share of layers."""
+        """Near what was measured on the embedded model: 19 % with one layer of six, 48 % with two."""
         count = sum(layer.kind == FULL for layer in layer_kinds(shape.config))
-        return RISK_AT_QUARTER * (4 * self.shared(count) / count) ** 2
+        return RISK_AT_QUARTER * (4 * self.shared(count) / count) ** 1.4
 
     @classmethod
     def options(cls, shape: ModelShape, workload: Workload) -> Iterable[KVSharer]:
