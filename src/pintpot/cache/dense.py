@@ -12,14 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import GROW_TOKENS, Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache._base import GROW_TOKENS, Call, LayerSizes, Place, Store, StoreState
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.tokens import Buffer, Tokens
 
 CHUNK_TOKENS = 512
 """Dense tokens that streamed attention looks at together."""
 
 
-class DenseChunk(Chunk):
+class DenseChunk(ReadableChunk):
     """Tokens that are dense already.
 
     Args:
@@ -39,14 +40,6 @@ class DenseChunk(Chunk):
     def read_values(self) -> Tensor:
         """Its values, float32 (B, K, tokens, D)."""
         return self.values.float()
-
-    def scores(self, query: Tensor) -> Tensor:
-        """See ``Chunk.scores``."""
-        return query @ self.keys.transpose(-1, -2).to(query.dtype)
-
-    def mix(self, weights: Tensor) -> Tensor:
-        """See ``Chunk.mix``."""
-        return weights @ self.values.to(weights.dtype)
 
 
 def dense_chunks(keys: Tensor, values: Tensor, tokens: int = CHUNK_TOKENS) -> Iterator[DenseChunk]:

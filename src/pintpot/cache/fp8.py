@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreState
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.geometry import has_full_attention
 from pintpot.cache.rows import BLOCK_TOKENS, Columns, Rows, room_for
 from pintpot.cache.tokens import Tokens
@@ -160,7 +161,7 @@ class FP8State(StoreState):
         self.scales = {name: change(scale) for name, scale in self.scales.items()}
 
 
-class FP8Chunk(Chunk):
+class FP8Chunk(ReadableChunk):
     """The first tokens of a block. Scales are applied to scores and weights, of which there are fewer than of numbers.
 
     Args:
@@ -172,6 +173,14 @@ class FP8Chunk(Chunk):
     def __init__(self, held: Columns, scales: Columns, tokens: int) -> None:
         self.tokens = tokens
         self.block = Float8Block(held["keys"], scales["keys"], held["values"], scales["values"], tokens)
+
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self._numbers(self.block.keys).mul_(self.block.key_scale[:, :, : self.tokens])
+
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return self._numbers(self.block.values).mul_(self.block.value_scale[:, :, : self.tokens])
 
     def scores(self, query: Tensor) -> Tensor:
         """See ``Chunk.scores``."""
@@ -186,7 +195,9 @@ class FP8Chunk(Chunk):
     def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
         """See ``Chunk.attend_run``: few queries read the bytes as they are, where that is compiled."""
         blocks = [chunk.block for chunk in chunks]
-        return attend_fp8(query, blocks, softcap=softcap) if attend_serves(query, blocks) else None
+        if not attend_serves(query, blocks):
+            return super().attend_run(chunks, query, softcap)
+        return attend_fp8(query, blocks, softcap=softcap)
 
     def _numbers(self, codes: Tensor) -> Tensor:
         return codes[:, :, : self.tokens].view(FORMAT).float()

@@ -15,7 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Chunk, LayerSizes
+from pintpot.cache._base import LayerSizes
+from pintpot.cache.fused import ReadableChunk
 from pintpot.kernels import Attended, PackedBlock, attend_packed, attend_serves, pack, packed_size, restore
 
 BLOCK_TOKENS = 256
@@ -160,7 +161,7 @@ class Block:
         self.value_scale, self.value_low = change(self.value_scale), change(self.value_low)
 
 
-class BlockChunk(Chunk):
+class BlockChunk(ReadableChunk):
     """The first ``tokens`` tokens of a block."""
 
     def __init__(self, block: Block, tokens: int) -> None:
@@ -175,20 +176,12 @@ class BlockChunk(Chunk):
         """Its values, float32 (B, K, tokens, D)."""
         return self.block.read_values(0, self.tokens)
 
-    def scores(self, query: Tensor) -> Tensor:
-        """See ``Chunk.scores``."""
-        return query @ self.block.read_keys(0, self.tokens)
-
-    def mix(self, weights: Tensor) -> Tensor:
-        """See ``Chunk.mix``."""
-        return weights @ self.block.read_values(0, self.tokens)
-
     @classmethod
     def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
         """See ``Chunk.attend_run``: few queries read blocks as they are packed, where that is compiled."""
         layout = chunks[0].block.layout
         blocks = [chunk.block.first(chunk.tokens) for chunk in chunks]
         if not attend_serves(query, blocks):
-            return None
+            return super().attend_run(chunks, query, softcap)
         groups = {"key_group": layout.key_group, "value_group": layout.value_group}
         return attend_packed(query, blocks, bits=layout.bits, softcap=softcap, **groups)

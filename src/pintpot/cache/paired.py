@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pintpot.cache._base import Call, Chunk, Place, StoreState
 from pintpot.cache.dense import DenseChunk, dense_chunks
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.packed import quantize, scale_dtype
 from pintpot.cache.rows import BLOCK_TOKENS, Columns, Rows
 from pintpot.cache.tokens import Buffer, Tokens
@@ -233,20 +234,20 @@ class UpperState(PairedState):
         lower.handed.pop(0)
 
 
-class MergedChunk(Chunk):
+class MergedChunk(ReadableChunk):
     """Merged tokens of one layer of a pair."""
 
     def __init__(self, state: PairedState, start: int, stop: int) -> None:
         self.state, self.start, self.stop = state, start, stop
         self.tokens = stop - start
 
-    def scores(self, query: Tensor) -> Tensor:
-        """See ``Chunk.scores``."""
-        return query @ self.state.read("keys", self.start, self.stop).transpose(-1, -2)
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.state.read("keys", self.start, self.stop)
 
-    def mix(self, weights: Tensor) -> Tensor:
-        """See ``Chunk.mix``."""
-        return weights @ self.state.read("values", self.start, self.stop)
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return self.state.read("values", self.start, self.stop)
 
 
 def _farthest(angle: Tensor, method: MiniCache) -> Tensor:

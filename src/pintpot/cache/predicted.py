@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pintpot.cache._base import Call, Chunk, Place, StoreState
 from pintpot.cache.dense import DenseChunk
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.higgs import decode, encode
 from pintpot.cache.rows import BLOCK_TOKENS, Columns, Rows, position_column
 from pintpot.cache.tokens import Buffer, Tokens
@@ -208,7 +209,7 @@ class PredictedState(StoreState):
         self.reading = {}
 
 
-class PredictedChunk(Chunk):
+class PredictedChunk(ReadableChunk):
     """A block of packed tokens, dense from its first use on."""
 
     def __init__(self, state: PredictedState, start: int, stop: int) -> None:
@@ -224,10 +225,10 @@ class PredictedChunk(Chunk):
             self._states = self.state.restored(self.start, self.stop, handed)
         return self._states
 
-    def scores(self, query: Tensor) -> Tensor:
-        """See ``Chunk.scores``."""
-        return query @ self.state.rotated_keys(self.states()[0], self.start).transpose(-1, -2)
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.state.rotated_keys(self.states()[0], self.start)
 
-    def mix(self, weights: Tensor) -> Tensor:
-        """See ``Chunk.mix``."""
-        return weights @ heads_apart(self.states()[1].float(), self.state.place.sizes.heads)
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return heads_apart(self.states()[1].float(), self.state.place.sizes.heads)

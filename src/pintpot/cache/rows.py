@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pintpot.cache._base import Chunk, Place
+from pintpot.cache._base import Place
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.tokens import Tokens
 
 BLOCK_TOKENS = 256
@@ -122,7 +123,7 @@ def joined(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(-2).unsqueeze(1)
 
 
-class LazyChunk(Chunk):
+class LazyChunk(ReadableChunk):
     """Tokens whose keys and values are made when they are asked for, and forgotten again.
 
     Args:
@@ -134,10 +135,10 @@ class LazyChunk(Chunk):
     def __init__(self, tokens: int, keys: Callable[[], Tensor], values: Callable[[], Tensor]) -> None:
         self.tokens, self.keys, self.values = tokens, keys, values
 
-    def scores(self, query: Tensor) -> Tensor:
-        """See ``Chunk.scores``."""
-        return query @ self.keys().transpose(-1, -2)
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.keys()
 
-    def mix(self, weights: Tensor) -> Tensor:
-        """See ``Chunk.mix``."""
-        return weights @ self.values()
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, D)."""
+        return self.values()

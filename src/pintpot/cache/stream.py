@@ -99,13 +99,12 @@ def _attend_rows(call: Call, chunks: Sequence[Chunk], heads: int, residue: Resid
     online = _Online(call.sinks, batch, heads, count)
     last_seen = total - call.queries + rows.start + count if call.causal else total
     for run, first in _runs(chunks):
-        stop = first + sum(chunk.tokens for chunk in run)
-        whole = _seen_by_all(call, rows.start, stop, total)
-        found = type(run[0]).attend_run(run, grouped, call.softcap) if whole else None
+        placed = list(_with_starts(run, first))
+        whole = [chunk for chunk, start in placed if _seen_by_all(call, rows.start, start + chunk.tokens, total)]
+        found = type(run[0]).attend_run(whole, grouped, call.softcap) if whole else None
         if found is not None:
             online.join(found)
-            continue
-        for chunk, start in _with_starts(run, first):
+        for chunk, start in placed if found is None else placed[len(whole) :]:
             if start >= last_seen:
                 break
             scores = chunk.capped(grouped, call.softcap)
