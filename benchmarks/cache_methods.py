@@ -44,7 +44,7 @@ COMPOSED: tuple[tuple[str, float | None], ...] = (
     ("kivi(residual_length=32)", None),
     ("kivi(bits=4, residual_length=0)", None),
     ("lagkv*kivi(residual_length=32)", 0.125),
-    *(("h2o*less", fraction) for fraction in FRACTIONS),
+    *(("h2o*less(epochs=4)", fraction) for fraction in FRACTIONS),
     (LEVERAGE, 0.25),
     (LEVERAGE, 0.125),
     (f"{LEVERAGE}*kivi(bits=4, residual_length=0)", 0.125),

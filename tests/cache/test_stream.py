@@ -47,10 +47,17 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(stream, "SCORES_AT_ONCE", 5 * B * H * stream.CHUNK_TOKENS)
 
 
+@pytest.fixture(params=[True, False], ids=["gradients", "fused"])
+def gradients(request):
+    """Chunks that all queries see are read by fused attention, unless a gradient might be asked for."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 @pytest.mark.parametrize("queries", [1, 12, 40])
 @pytest.mark.parametrize("chunk", [7, 64])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(None, False), (3.0, False), (None, True)])
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "gradients")
 def test_causal(queries, chunk, softcap, with_sinks):
     query, keys, values = normal(B, H, queries, D), normal(B, K, 40, D, seed=1), normal(B, K, 40, D, seed=2)
     sinks = normal(H, seed=3) if with_sinks else None
@@ -83,6 +90,7 @@ def test_masks(kind):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.usefixtures("gradients")
 def test_packed_chunks_equal_attention_to_the_numbers_they_stand_for(bits, queries):
     keys, values = normal(B, K, 700, D, seed=1), normal(B, K, 700, D, seed=2)
     state = KIVI(bits=bits, group_size=32, residual_length=64).open(Place(LayerSizes(K, D, D)))

@@ -37,7 +37,7 @@ class ReadableChunk(Chunk):
 
     @classmethod
     def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
-        """See ``Chunk.attend_run``: no scores are held. Not for capped scores, which fused attention does not know."""
+        """See ``Chunk.attend_run``: no scores are held. Not for capped scores, nor with gradients."""
         if _FLASH is None or softcap is not None or query.device.type != "cpu" or torch.is_grad_enabled():
             return None
         found = None

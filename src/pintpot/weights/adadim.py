@@ -139,8 +139,9 @@ class AdaDim(WeightMethod):
         return super().find(name, weight, formats)
 
     def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """The base's."""
-        return (GPTQ if self.base == "gptq" else RTN)().finding_bytes(out_features, in_features, dtype)
+        """The base's, or those of six matrices in 32 bits, by which the groupings are compared."""
+        base = (GPTQ if self.base == "gptq" else RTN)().finding_bytes(out_features, in_features, dtype)
+        return max(base, 25 * out_features * in_features)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
@@ -180,5 +181,5 @@ def compensated_across(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensors:
         return grid.value(code, step, middle).t()
 
     live = torch.where(hessian.diagonal() == 0, 0.0, weight)
-    compensate_(live[:, order], inverse_factor(hessian[order][:, order]), round_columns)
+    compensate_(live[:, order], inverse_factor(hessian, order=order), round_columns)
     return prefixed("inner_", grid.store(codes, scale, zero))

@@ -16,7 +16,7 @@ MOST_DAMPING = 1.0
 """Share of the mean diagonal above which damping says nothing any more of how inputs go together."""
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Tensor:
     """``U`` (I, I), upper triangular, with ``U^T U`` the inverse of the damped Hessian, float32.
 
     Inputs that are always zero count as uncorrelated with the others. Where rounding errors leave the Hessian without
@@ -25,28 +25,32 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     Args:
         hessian: mean of ``x x^T`` (I, I); not changed.
         damping: share of the mean of its diagonal that is added to the diagonal.
+        order: int64 (I,), of the inputs in the factor; as they are where not given.
     """
     mean = float(hessian.diagonal().mean()) or 1.0
     added = 0.0
 
     def damped() -> Tensor:
-        made = hessian.to(torch.float32, copy=True)
+        moved = hessian if order is None else hessian[order[:, None], order]
+        # It is symmetric, so this is the matrix itself, column after column, as the factorisations want it.
+        made = moved.to(torch.float32, copy=order is None).mT
         diagonal = made.diagonal()
         diagonal[diagonal == 0] = mean
         diagonal += added
         return made
 
-    # Each of these matrices can be a large part of all memory in use: none outlives its need.
+    # Such a matrix can be a large part of all memory in use: each step is made in the place of the one before.
     while damping < MOST_DAMPING:
         added += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(damped())
+        factor = damped()
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
-            if not failed and torch.isfinite(upper).all():
-                return upper
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
+            if not failed and torch.isfinite(factor.sum()):
+                return factor
+        del factor
         damping *= 10
     return torch.diag(damped().diagonal().rsqrt())
 

@@ -175,7 +175,7 @@ class _Search:
         columns = weight.shape[1]
         self.size = grid.group(columns)
         self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self.factor = inverse_factor(hessian[self.order][:, self.order])
+        self.factor = inverse_factor(hessian, order=self.order)
         groups = self._groups(weight)
         # A padded column is 0, and 0 need not be in the range of a group whose zero is any number.
         real = self._groups(torch.ones((1, columns), device=weight.device)) > 0
