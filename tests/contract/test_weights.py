@@ -110,7 +110,7 @@ def test_every_way_gives_the_same_model_near_the_dense_one(name, architecture, t
         assert (in_place - dense).abs().max() < limit * dense.abs().max()
 
 
-@pytest.mark.parametrize("name", ["bitstack", "endor", "fireq", "flash-llm", "onebit", "rtn", "svdquant", "vptq"])
+@pytest.mark.parametrize("name", ["endor", "fireq", "flash-llm", "onebit", "rtn", "svdquant", "vptq"])
 def test_a_decoding_step_is_captured_in_one_graph(name):
     """By ``torch.compile``, with each kind of format."""
     method, model = method_of(name), tiny_model("llama")
