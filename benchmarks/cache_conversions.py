@@ -202,7 +202,8 @@ def main() -> None:
         base = judge(load_source(folder))
     print(BASELINE, base, flush=True)
     for case in cases:
-        for state in measure(case, folder, judge, steps):
+        # Where it is trained, those are the first rows: the ones that summaries show.
+        for state in reversed(measure(case, folder, judge, steps)):
             shown = {name: round(value, 3) for name, (value, _) in state.found.items()}
             print(case.method, state.text, shown, f"{state.seconds:.0f} s", flush=True)
             if not options.quick:

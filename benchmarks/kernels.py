@@ -85,7 +85,7 @@ SEED = 0
 BASE_PRODUCT, BASE_STEP, BASE_ATTENTION = "torch dense", "torch AdamW fused", "torch SDPA bfloat16"
 QUERY_HEADS, HEAD_DIM = 32, 128
 STORES: tuple[Store, ...] = (KIVI(bits=2), KIVI(bits=4), FP8())
-BASE_LOOKUP, LOOKUP = "pintpot", "t-mac"
+OURS, BASE_LOOKUP, LOOKUP = "pintpot", "pintpot, a grid beside t-mac", "t-mac"
 LOOKUP_WIDTHS, LOOKUP_ROWS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32)), (1, 8)
 Run = Callable[[], object]
 
@@ -424,7 +424,7 @@ def _rows(
     base_seconds = None
     for name, make in ways.items():
         row = {"context_tokens": "", **about, "technique": name, "seed": SEED, "metric": "time", "unit": "ms"}
-        path = native.path() if name in (BASE_LOOKUP, LOOKUP) else ""
+        path = native.path() if name in (OURS, BASE_LOOKUP, LOOKUP) else ""
         row["config"] = f"{about['config']}{', ' + path if path else ''}"
         try:
             with plain_torch() if name.endswith("plain torch") else _as_it_is():

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
     from pintpot.weights.targets import Target
 
-RISES = ((0.7, 0.01), (0.5, 0.03), (0.3, 0.08), (0.2, 0.13), (0.1, 0.3), (0.05, 0.6))
-"""Share of the blocks that is kept, and the relative rise of perplexity after training."""
+RISES = ((0.5, 0.65), (0.3, 1.58))
+"""Share of the blocks that is kept, and the relative rise of perplexity of the embedded model after 300 steps of
+training, in `results/weights.csv`."""
 
 
 class GrowingSparse(StandIn):
