@@ -68,7 +68,14 @@ class WeLore(FactorisedMethod):
     """
 
     examines: ClassVar[bool] = True
-    rises: ClassVar[tuple[tuple[float, float], ...]] = ((14.2, 0.24), (12.6, 0.5), (11.1, 0.9), (9.5, 1.7), (7.9, 5.0), (6.3, 21.0))
+    rises: ClassVar[tuple[tuple[float, float], ...]] = (
+        (14.2, 0.24),
+        (12.6, 0.5),
+        (11.1, 0.9),
+        (9.5, 1.7),
+        (7.9, 5.0),
+        (6.3, 21.0),
+    )
     kept_fraction: float = 0.5
 
     def __post_init__(self) -> None:
