@@ -8,7 +8,7 @@ from torch import nn
 
 from pintpot.cache import stream
 from pintpot.cache._base import Call, LayerSizes, Place
-from pintpot.cache.dense import dense_chunks
+from pintpot.cache.dense import DenseChunk, dense_chunks
 from pintpot.cache.kivi import KIVI
 from pintpot.cache.stream import attend_chunks
 from pintpot.cache.tokens import Tokens
@@ -102,6 +102,18 @@ def test_packed_chunks_equal_attention_to_the_numbers_they_stand_for(bits, queri
     torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
     assert (numbers_k - keys).abs().max() < 8 / 2**bits
     assert (numbers_v - values).abs().max() < 8 / 2**bits
+
+
+def test_chunks_that_all_queries_see_are_fused_where_that_is_exact():
+    query, keys, values = normal(B, K, 9, D), normal(B, K, 40, D, seed=1), normal(B, K, 40, D, seed=2)
+    chunks = list(dense_chunks(keys, values, 16))
+    assert DenseChunk.attend_run(chunks, query, None) is None  # gradients might be asked for
+    with torch.no_grad():
+        assert DenseChunk.attend_run(chunks, query, 3.0) is None
+        found = DenseChunk.attend_run(chunks, query, None)
+    scores = query.double() @ keys.double().transpose(-1, -2)
+    torch.testing.assert_close(found.out / found.norm, (scores.softmax(-1) @ values.double()).float())
+    torch.testing.assert_close(found.top + found.norm.log(), scores.logsumexp(-1, keepdim=True).float())
 
 
 def numbers(chunk):
