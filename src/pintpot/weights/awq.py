@@ -4,7 +4,8 @@ Source:    Lin et al. 2023, "AWQ", arXiv:2306.00978, sec. 3.2 (scales ``s = magn
            ``a``), and the authors' search for the range of each group (clipping).
 Differs:   each layer has scales of its own, kept beside its weight, and is judged by its own output error on all
            calibration tokens; the authors fold one scale for all layers with the same input into what comes before
-           them, and judge by the output of the attention or the whole network part on a sample of tokens.
+           them, and judge by the output of the attention or the whole network part on a sample of tokens. Of more
+           than 512 outputs, the scales are judged on 512 to 1,023 that lie evenly apart.
 Saves:     weights, real: rtn's bytes and 2 I more a matrix. Finding the scales needs one block and 4 I^2 bytes a layer.
 Shapes:    weight (O, I); input scales (I,); codes (O, I) packed; scale and zero (O, N).
 Composes:  caches, activations, adapters on the frozen base; not with anything that needs dense weights.
@@ -43,6 +44,10 @@ RISES = (
 
 SHARES = tuple(i / 20 for i in range(20))
 """The exponents that are tried, and of the groups' ranges how much may be cut off, as far as ``most_cut``."""
+
+
+JUDGED = 512
+"""Rows of a weight that its scales are judged on; each row is a rounding problem of its own."""
 
 
 @technique(
@@ -122,12 +127,13 @@ def best_scale(weight: Tensor, layout: Scaled, inputs: InputStatistics) -> Tenso
 
     The weight is divided by them before it is rounded: small ones make a channel large.
     """
+    judged = weight[:: max(1, weight.shape[0] // JUDGED)]
     best, least = torch.ones_like(inputs.magnitude), torch.inf
     for share in SHARES:
         enlarged = inputs.magnitude.pow(share).clamp(min=1e-4)
         scale = (enlarged.max() * enlarged.min()).sqrt() / enlarged
-        rounded = layout.decode(layout.encode_with(weight, scale), weight.shape[1], torch.float32)
-        error = float(inputs.error(weight - rounded).sum())
+        rounded = layout.decode(layout.encode_with(judged, scale), judged.shape[1], torch.float32)
+        error = float(inputs.error(judged - rounded).sum())
         if error < least:
             best, least = scale, error
     return best

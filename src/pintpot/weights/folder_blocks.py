@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pintpot.core.errors import ModelFolderError
+from pintpot.core.heap import give_back
 from pintpot.core.model_folder import ModelFolder, TensorEntry, read_header
 from pintpot.core.parameter_map import Origin, map_parameters
 from pintpot.core.shape import block_names
@@ -159,6 +160,7 @@ def calibrated_blocks(
                 state = blocks.model.get_submodule(block).state_dict(prefix=f"{block}.")
                 made.update({name: tensor.detach() for name, tensor in state.items()})
             blocks.drop_(block)
+            give_back()
         return {name: made.pop(name) for name in names}
 
     try:

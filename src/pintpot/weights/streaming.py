@@ -21,6 +21,7 @@ from torch import Tensor
 from pintpot._version import __version__
 from pintpot.core.errors import OutputExists
 from pintpot.core.files import new_folder, refuse_existing, require_disk, write_atomic
+from pintpot.core.heap import return_freed_memory
 from pintpot.core.model_folder import INDEX, ModelFolder, open_model
 from pintpot.core.parameter_map import Origin, map_parameters
 from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod, describe
@@ -36,6 +37,9 @@ from pintpot.weights.targets import Target, find_targets
 
 SHARD_BYTES = 512 << 20
 """Most bytes in an output shard, unless one parameter alone is larger."""
+
+MAPPED_BYTES = 4 << 20
+"""The smallest tensor that has memory of its own while blocks are compressed, given back when it is freed."""
 
 RECORD = "compress.json"
 """Which run the unfinished folder belongs to, and the checksums of the shards that are done."""
@@ -222,6 +226,8 @@ def write_compressed(
         finished = _finished(partial, plan, written)
         load: Callable[[Origin], dict[str, Tensor]] = plan.encoded
         if plan.method.works_on_blocks and len(finished) < len(plan.shards):
+            # Matrices of a block come and go beside what stays; in one heap they would leave holes of their sizes.
+            return_freed_memory(MAPPED_BYTES)
             load = stack.enter_context(calibrated_blocks(plan, texts, [partial / name for name in finished]))
         for shard in plan.shards:
             if shard.name not in finished:
