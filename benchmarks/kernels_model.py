@@ -5,7 +5,8 @@ are those of TinyLlama. The model is compressed by ``rtn`` and exported to GGUF 
 groups of 32), so that llama.cpp has the very same numbers; ours is read in each of ``READINGS``. The head and the
 embedding are bfloat16 in both. Each run has a process of its own: it reads a prompt of 32 tokens, decodes 64 more one
 by one, of given ids, and then reads one of 512 into a new cache. Times are medians over tokens; peaks are those of the
-whole process, with what is imported.
+whole process, with what is imported. After decoding, the packed products and the head are timed by themselves, and
+reading as many bytes.
 
 llama.cpp is measured where it is built: its Python package in ``out/storage/llama``, and optimised libraries for it in
 ``out/ggml`` (``libllama.so`` and ``libggml*.so``, compiled as ``Release``).
@@ -60,19 +61,19 @@ source, threads, prompt, new, long = sys.argv[1], *map(int, sys.argv[2:6])
 ids = [(37 * i + 11) % 30000 for i in range(max(long, prompt + new))]
 def peak():
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-def told(read, step, start_anew):
+def told(read, step, start_anew, parts=dict):
     read(ids[:prompt])
     seconds = []
     for token in ids[prompt : prompt + new]:
         start = time.perf_counter()
         step(token)
         seconds.append(time.perf_counter() - start)
-    decoding = peak()
+    decoding, found = peak(), parts()
     start_anew()
     start = time.perf_counter()
     read(ids[:long])
     print(json.dumps({"decode": statistics.median(seconds), "prefill": time.perf_counter() - start,
-                      "peak_bytes": decoding}))
+                      "peak_bytes": decoding, **found}))
 """
 
 OURS = (
@@ -84,6 +85,7 @@ torch.set_grad_enabled(False)
 from transformers import DynamicCache, StaticCache
 from pintpot.core.expression import parse
 from pintpot.weights import load_compressed
+from pintpot.weights.modules import PackedTerms
 model = load_compressed(source).eval()
 for kernel in parse(sys.argv[6]) if sys.argv[6] else ():
     kernel.apply_(model)
@@ -97,7 +99,22 @@ def run(tokens, forward=model):
 def start_anew():
     model.set_attn_implementation("sdpa")
     cache[0] = DynamicCache(config=model.config)
-told(run, lambda token: run([token], step), start_anew)
+def seconds_of(call):
+    found = []
+    for _ in range(7):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+def parts():
+    packed = [module for module in model.modules() if isinstance(module, PackedTerms)]
+    inputs = {module: torch.randn(1, module.columns, dtype=model.dtype) for module in packed}
+    hidden, memory = torch.randn(1, 1, model.config.hidden_size, dtype=model.dtype), torch.ones(2**27)
+    read = sum(buffer.nbytes for module in packed for buffer in module.buffers()) + model.lm_head.weight.nbytes
+    return {"products": seconds_of(lambda: [module.multiply(inputs[module]) for module in packed]),
+            "head": seconds_of(lambda: model.lm_head(hidden)), "calls": len(packed),
+            "reading": read * seconds_of(memory.sum) / memory.nbytes}
+told(run, lambda token: run([token], step), start_anew, parts)
 """
 )
 
@@ -187,8 +204,17 @@ def said(
             **row,
             "peer": "llama.cpp",
             "peer_value": f"{peer:.6g}",
-            "status": f"{ratio:.3f} of llama.cpp's",
+            "status": f"{ratio:.3f} of llama.cpp's" + (profile(ours) if metric.startswith("decoding") else ""),
         }
+
+
+def profile(ours: dict[str, Any]) -> str:
+    """Where the time of a decoded token goes."""
+    whole, products, head = (1000 * ours[part] for part in ("decode", "products", "head"))
+    return (
+        f"; of {whole:.1f} ms the {ours['calls']} products alone take {products:.1f} and the head {head:.1f}, what is"
+        f" between them {whole - products - head:.1f}; to read their bytes takes {1000 * ours['reading']:.1f}"
+    )
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from benchmarks.rows import append_rows, stamp
 from safetensors.torch import load_file
 from torch import Tensor
 
+import pintpot.weights  # noqa: F401  # what reads folders, and with it the compiled joining of planes
 from pintpot import reference
 from pintpot.core import byte_planes
 from pintpot.core.model_folder import DTYPE_NAMES, DTYPES

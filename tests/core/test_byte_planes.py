@@ -89,10 +89,21 @@ def test_threads_do_not_change_the_bytes():
 @pytest.mark.parametrize("place", ["magic", "description", "table", "plane", "end"])
 def test_damage_is_refused(place):
     stored = coded(trained((1000,), torch.bfloat16)).copy()
-    begin = byte_planes.describe(stored.tobytes())[2]
+    begin = byte_planes.describe(stored.tobytes()).begin
     if place == "end":
         stored = stored[:-1]
     else:
         stored[{"magic": 0, "description": 14, "table": begin, "plane": begin + 8}[place]] ^= 0x40
     with pytest.raises(ModelFolderError, match="damaged"):
         byte_planes.decode(stored, DTYPES)
+
+
+def test_what_says_nothing_of_its_chunks_has_those_of_before(monkeypatch):
+    monkeypatch.setattr(byte_planes, "CHUNK", byte_planes.CHUNK_UNSAID)
+    tensor = trained((byte_planes.CHUNK + 7,), torch.bfloat16)
+    stored = coded(tensor).tobytes()
+    said = b',"chunk":%d' % byte_planes.CHUNK
+    stored = stored.replace(said + b"}", b"}" + b" " * len(said), 1)
+    monkeypatch.undo()
+    assert b"chunk" not in stored[: byte_planes.DESCRIPTION_BYTES]
+    assert torch.equal(byte_planes.decode(np.frombuffer(stored, np.uint8), DTYPES), tensor)

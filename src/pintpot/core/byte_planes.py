@@ -9,7 +9,7 @@ A stored tensor, all integers little-endian::
 
     8 bytes   MAGIC
     uint32    length of the description
-    JSON      {"dtype": name in safetensors, "shape": sizes}, with spaces up to a multiple of 4
+    JSON      {"dtype": name in safetensors, "shape": sizes, "chunk": numbers}, with spaces up to a multiple of 4
     uint32    bytes of each plane of each chunk, chunk by chunk (equal to the chunk's length: stored as it is)
     the planes of the first chunk, of the second ...
 """
@@ -21,6 +21,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -33,11 +34,14 @@ from torch import Tensor
 from pintpot.core.errors import ModelFolderError
 
 MAGIC = b"PPplane1"
-CHUNK = 1 << 16
-"""Numbers whose planes are coded together: few enough for the cache, and for a code that follows the tensor."""
+CHUNK = 1 << 17
+"""Numbers whose planes are coded together: as many as a block of zstandard has bytes, so that a plane has one code."""
 
-GROUP = 16 * CHUNK
-"""Numbers that a thread takes at a time."""
+CHUNK_UNSAID = 1 << 16
+"""The chunk of a stored tensor whose description has none."""
+
+GROUP = 1 << 20
+"""Numbers that a thread takes at a time: a multiple of every chunk."""
 
 WORTH = 0.98
 """A plane is stored coded when its code has at most this fraction of its bytes."""
@@ -72,14 +76,32 @@ def encode(tensor: Tensor, dtype_name: str) -> list[bytes]:
     starts = range(0, tensor.numel(), GROUP)
     groups = _mapped(lambda start: _encode_group(raw[start * width : (start + GROUP) * width], tensor.dtype), starts)
     planes = [plane for group in groups for plane in group]
-    text = json.dumps({"dtype": dtype_name, "shape": list(tensor.shape)}, separators=(",", ":")).encode()
+    description = {"dtype": dtype_name, "shape": list(tensor.shape), "chunk": CHUNK}
+    text = json.dumps(description, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
     table = np.array([len(plane) for plane in planes], dtype="<u4").tobytes()
     return [MAGIC + struct.pack("<I", len(text)) + text, table, *planes]
 
 
-def describe(start: bytes) -> tuple[str, tuple[int, ...], int]:
-    """The dtype's name and the shape of a stored tensor, and where its table begins.
+@dataclass(frozen=True)
+class Description:
+    """What a stored tensor says of itself.
+
+    Attributes:
+        dtype_name: in safetensors.
+        shape: of the tensor.
+        chunk: numbers whose planes are coded together.
+        begin: where its table begins.
+    """
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    chunk: int
+    begin: int
+
+
+def describe(start: bytes) -> Description:
+    """What a stored tensor says of itself.
 
     Args:
         start: its first ``DESCRIPTION_BYTES``, or all of it.
@@ -96,7 +118,10 @@ def describe(start: bytes) -> tuple[str, tuple[int, ...], int]:
         shape = tuple(int(n) for n in data["shape"])
         if min(shape, default=0) < 0:
             raise ValueError("a size is negative")
-        return str(data["dtype"]), shape, begin + length
+        chunk = int(data.get("chunk", CHUNK_UNSAID))
+        if chunk < 1 or GROUP % chunk:
+            raise ValueError(f"its chunks have {chunk} numbers")
+        return Description(str(data["dtype"]), shape, chunk, begin + length)
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise _damaged(f"it does not begin as one ({error})") from error
 
@@ -111,24 +136,25 @@ def decode(stored: Bytes, dtypes: dict[str, torch.dtype]) -> Tensor:
     Raises:
         ModelFolderError: when the bytes are damaged.
     """
-    name, shape, begin = describe(stored[:DESCRIPTION_BYTES].tobytes())
-    if name not in dtypes:
-        raise _damaged(f"its dtype is {name!r}")
-    count, width = math.prod(shape), dtypes[name].itemsize
-    after = begin + 4 * width * -(-count // CHUNK)
+    said = describe(stored[:DESCRIPTION_BYTES].tobytes())
+    if said.dtype_name not in dtypes:
+        raise _damaged(f"its dtype is {said.dtype_name!r}")
+    dtype, count = dtypes[said.dtype_name], math.prod(said.shape)
+    width, begin = dtype.itemsize, said.begin
+    after = begin + 4 * width * -(-count // said.chunk)
     if len(stored) < after:
         raise _damaged("its table is cut off")
     table = np.frombuffer(stored[begin:after].tobytes(), "<u4")
     bounds = list(accumulate(table.tolist(), initial=after))
     if len(stored) != bounds[-1]:
         raise _damaged("it has another length than its table calls for")
-    tensor = torch.empty(shape, dtype=dtypes[name])
-    raw, per_group = _raw(tensor), GROUP // CHUNK * width
+    tensor = torch.empty(said.shape, dtype=dtype)
+    raw, per_group = _raw(tensor), GROUP // said.chunk * width
 
     def fill(group: int) -> None:
         own = bounds[group * per_group : (group + 1) * per_group + 1]
         planes = [stored[a:b] for a, b in pairwise(own)]
-        _decode_group(planes, raw[group * GROUP * width : (group + 1) * GROUP * width], tensor.dtype)
+        _decode_group(planes, raw[group * GROUP * width : (group + 1) * GROUP * width], dtype, said.chunk)
 
     _mapped(fill, range(-(-count // GROUP)))
     return tensor
@@ -151,20 +177,20 @@ def _mapped(call: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
 def _encode_group(raw: Bytes, dtype: torch.dtype) -> list[bytes]:
     compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
     found: list[bytes] = []
-    for chunk in _chunks(raw, dtype):
+    for chunk in _chunks(raw, CHUNK * dtype.itemsize):
         for plane in _split(chunk, dtype):
             code = compressor.compress(plane.data)
             found.append(code if len(code) <= WORTH * len(plane) else plane.tobytes())
     return found
 
 
-def _decode_group(planes: list[Bytes], raw: Bytes, dtype: torch.dtype) -> None:
+def _decode_group(planes: list[Bytes], raw: Bytes, dtype: torch.dtype, chunk_numbers: int) -> None:
     decompressor = zstandard.ZstdDecompressor()
-    ways = dtype.itemsize
-    for index, chunk in enumerate(_chunks(raw, dtype)):
+    ways, exponents = dtype.itemsize, _split_exponents(dtype)
+    for index, chunk in enumerate(_chunks(raw, chunk_numbers * ways)):
         length = len(chunk) // ways
         parts = [_plane(plane, length, decompressor) for plane in planes[index * ways : (index + 1) * ways]]
-        if _split_exponents(dtype):
+        if exponents:
             _joiner(parts, chunk)
         else:
             for place, plane in zip(reversed(range(ways)), parts, strict=True):
@@ -184,8 +210,7 @@ def _plane(stored: Bytes, length: int, decompressor: zstandard.ZstdDecompressor)
     return plane
 
 
-def _chunks(raw: Bytes, dtype: torch.dtype) -> Iterator[Bytes]:
-    step = CHUNK * dtype.itemsize
+def _chunks(raw: Bytes, step: int) -> Iterator[Bytes]:
     return (raw[start : start + step] for start in range(0, len(raw), step))
 
 

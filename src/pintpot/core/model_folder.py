@@ -334,12 +334,12 @@ def _decoded_entry(entry: TensorEntry) -> TensorEntry:
         handle.seek(entry.offset)
         start = handle.read(min(entry.nbytes, byte_planes.DESCRIPTION_BYTES))
     try:
-        name, shape, _ = byte_planes.describe(start)
-        dtype = DTYPES[name]
+        said = byte_planes.describe(start)
+        dtype = DTYPES[said.dtype_name]
     except (ModelFolderError, KeyError) as error:
         raise _corrupt(entry.file, f"{entry.name} is not a coded tensor") from error
-    nbytes = torch.Size(shape).numel() * dtype.itemsize
-    return replace(entry, dtype=dtype, shape=shape, nbytes=nbytes, coded_bytes=entry.nbytes)
+    nbytes = torch.Size(said.shape).numel() * dtype.itemsize
+    return replace(entry, dtype=dtype, shape=said.shape, nbytes=nbytes, coded_bytes=entry.nbytes)
 
 
 def header_of(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -2,9 +2,9 @@
 
 Source:    Hershcovitch et al. 2024, arXiv:2411.05239 (byte grouping, exponent extraction, Huffman coding of planes).
 Differs:   planes are coded by zstandard with next to no search for matches, whose Huffman coder is of the family that
-           the authors use, in chunks of 65536 numbers; each tensor is coded for itself and can be read alone; whether a
-           plane is worth coding is tried for every chunk, not foretold from the first; differences between models, for
-           which the authors have another mode, are not coded.
+           the authors use, in chunks of 131072 numbers; each tensor is coded for itself and can be read alone; whether
+           a plane is worth coding is tried for every chunk, not foretold from the first; differences between models,
+           for which the authors have another mode, are not coded.
 Saves:     checkpoint, real: a third of bfloat16 weights, about a sixth of float32 and float16 ones; how much depends on
            the numbers. Nothing in memory: a loaded model is what it was, bit for bit.
 Shapes:    any tensor of any dtype.
