@@ -13,7 +13,6 @@ from benchmarks.weights_subjects import Metric, Subject
 
 STAMPS = ("hardware", "versions", "commit", "date")
 DENSE = "dense float32"
-COST = "compressing"
 
 EQUAL = 1.01
 """Ratio up to which two numbers of bytes count as equal."""
@@ -92,7 +91,7 @@ def _said(rival: Measured, mine: Measured, metric: Metric) -> str:
 
 
 def rows(mine: Measured, rivals: Sequence[Measured], dense: Measured, subject: Subject) -> list[dict[str, Any]]:
-    """A configuration's rows: each metric with the bytes of its matrices, and what compressing took.
+    """A configuration's rows: each metric with the bytes of its matrices.
 
     Args:
         mine: ours, or a peer's.
@@ -125,20 +124,7 @@ def rows(mine: Measured, rivals: Sequence[Measured], dense: Measured, subject: S
                 "seconds": mine.found["judge_seconds"],
             }
         )
-    return [*made, _cost(mine, subject)]
-
-
-def _cost(mine: Measured, subject: Subject) -> dict[str, Any]:
-    """What compressing took; the peak is above the dense model, which is in memory."""
-    return {
-        **_row(mine, subject),
-        "metric": COST,
-        "unit": "seconds a billion weights",
-        "value": _short(mine.found["seconds"] / subject.numbers * 1e9),
-        "status": f"{'' if mine.ours else 'peer: '}{subject.numbers} weights; small matrices cost more for each",
-        "peak_bytes": mine.found["peak_bytes"],
-        "seconds": mine.found["seconds"],
-    }
+    return made
 
 
 def dense_rows(dense: Measured, subject: Subject) -> list[dict[str, Any]]:
