@@ -2,7 +2,8 @@
 
 The plain GPTQ inverts the Hessian and eliminates one row and column after each rounding, where ours factors it once and
 works in blocks. The plain AWQ rounds in float64, and tries each scale and each cut by itself. Both read the dense
-model's inputs, and round the scales of their groups to 16 bits, as these are stored.
+model's inputs, and round the scales of their groups to 16 bits, as these are stored. Our GPTQ is also compared with
+llm-compressor's, in the first block, where both look at the same inputs.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 from benchmarks.rows import stamp
+from benchmarks.weights_peers import peers
 from benchmarks.weights_subjects import Subject, dense_inputs
 from torch import Tensor
 
 from pintpot.core.expression import parse
 from pintpot.weights import WeightMethod
+from pintpot.weights.gptq import GPTQ
 
 BITS, GROUP, DAMPING, STEPS, MOST_CUT = 4, 32, 0.01, 20, 0.5
 NEAR = 1.02
@@ -119,7 +122,45 @@ def agreement(subject: Subject) -> list[dict[str, Any]]:
         method = parse(text)[0]
         assert isinstance(method, WeightMethod)
         made += _rows(subject, method, reference)
-    return made
+    return [*made, *_beside_package(subject)]
+
+
+def _beside_package(subject: Subject) -> list[dict[str, Any]]:
+    """Rows of GPTQ's first block beside llm-compressor's, where that is installed; its scales have 32 bits."""
+    config = f"llm-compressor GPTQ, {BITS} bits, groups of {GROUP}, or the half that divides the inputs"
+    peer = next(peer for peer in peers() if peer.config == config)
+    if peer.missing:
+        print(f"not compared with {config}: {peer.missing}", flush=True)
+        return []
+    seen, begin = dense_inputs(subject), time.perf_counter()
+    theirs, method = peer.run(subject)[0], GPTQ(bits=BITS, group_size=GROUP)
+    same, lost, count = 0, [0.0, 0.0], 0
+    for target in (t for t in subject.targets if t.block == subject.targets[0].block):
+        name, inputs = target.parameter, seen[target.parameter]
+        weight = subject.model.get_parameter(name).detach()
+        (grid,) = method.terms(name, target.shape[0], target.shape[1], weight.dtype)
+        (stored,) = method.find(name, weight, (grid,), inputs)
+        found, package = grid.decode(stored, weight.shape[1], torch.float32), theirs[name]
+        for place, rounded in enumerate((found, package)):
+            lost[place] += float(inputs.error(rounded - weight).sum())
+        step = stored["scale"].float().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+        same += int(((found - package).abs() < step / 10).sum())
+        count += weight.numel()
+    about = {
+        "technique": method.name,
+        "config": str(method),
+        **subject.about,
+        "data": f"the first block, on {sum(t.numel() for t in subject.texts)} tokens",
+        "seed": 0,
+        "peer": config,
+        "peer_value": 1,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+    ratio = lost[0] / lost[1]
+    verdict = "agrees" if 1 / NEAR <= ratio <= NEAR else "ours loses more" if ratio > NEAR else "ours loses less"
+    errors = {"metric": "output error over llm-compressor's", "unit": "ratio", "value": f"{ratio:.4f}"}
+    equal = {"metric": "codes equal to llm-compressor's", "unit": "fraction", "value": f"{same / count:.4f}"}
+    return [stamp({**about, **errors, "status": verdict}), stamp({**about, **equal, "status": "same inputs"})]
 
 
 def _rows(
