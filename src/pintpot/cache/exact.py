@@ -70,10 +70,10 @@ class ExactTokens:
         numbers = self.numbers()
         if numbers is None:
             return None
-        keys, values = (self.buffers[name].view().float() for name in ("keys", "values"))
-        scores = capped(query @ keys.transpose(-1, -2), softcap)
+        scores = capped(query @ self.buffers["keys"].view().float().transpose(-1, -2), softcap)
         others = (numbers < first) | (numbers >= stop)
-        return attended(scores.masked_fill(others[:, None, None], torch.finfo(scores.dtype).min), values)
+        scores = scores.masked_fill(others[:, None, None], torch.finfo(scores.dtype).min)
+        return attended(scores, self.buffers["values"].view().float())
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held."""

@@ -31,15 +31,7 @@ from pintpot.cache.exact import ExactTokens, exact_bytes
 from pintpot.cache.forecast import places_of
 from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.geometry import has_full_attention, layer_kinds
-from pintpot.cache.rows import (
-    BLOCK_TOKENS,
-    Rows,
-    joined,
-    position_bytes,
-    position_column,
-    positions_of,
-    room_for,
-)
+from pintpot.cache.rows import BLOCK_TOKENS, Rows, joined, position_bytes, position_column, positions_of, room_for
 from pintpot.cache.token_grid import TokenGrid, largest_divisor
 from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
@@ -131,11 +123,10 @@ class RotateKV(Calibrated, Store):
         return batch * (room_for(tokens, place) * row + exact_bytes(self.sink_tokens, sizes, dtype) + order)
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
-        """The sinks and the queries in float32; or codes and numbers of a block before and after a transform's step."""
+        """Sinks (keys or values, twice) and queries in float32; or codes and numbers of a block around a step."""
         width = max(sizes.key_dim, sizes.value_dim)
         if sizes.read_packed:
-            exact = self.sink_tokens * sizes.heads * (sizes.key_dim + sizes.value_dim)
-            return batch * 4 * (exact + 4 * sizes.query_heads * width)
+            return batch * width * 4 * (2 * self.sink_tokens * sizes.heads + 5 * sizes.query_heads)
         return BLOCK_TOKENS * batch * sizes.heads * width * (1 + 3 * 4)
 
     def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
