@@ -87,7 +87,7 @@ def dense64(blocks, layout, heads, key_dim, value_dim, first=0):
 
 # Rooms, heads, head dims, groups, heads that are mixed, queries.
 SHAPES = [
-    ((256, 256, 64), 4, (64, 64), (128, 64), 4, 1),
+    ((128, 32), 4, (64, 64), (128, 64), 4, 1),
     ((64, 32), 6, (20, 28), (24, 7), 2, 3),
     ((96,), 3, (24, 20), (72, 20), 1, 5),
     ((32, 32, 32), 4, (24, 7), (1, 1), 4, 2),
