@@ -47,6 +47,8 @@ from torch.nn import functional
 from pintpot.cache._base import Call, LayerSizes, Place, Store
 from pintpot.cache.fp8 import FP8
 from pintpot.cache.kivi import KIVI
+from pintpot.cache.rotary import Rotary
+from pintpot.cache.rotatekv import RotateKV
 from pintpot.cache.stream import attend_chunks
 from pintpot.cache.tokens import Tokens
 from pintpot.kernels import native
@@ -84,7 +86,8 @@ GGML_GROUP = 128
 SEED = 0
 BASE_PRODUCT, BASE_STEP, BASE_ATTENTION = "torch dense", "torch AdamW fused", "torch SDPA bfloat16"
 QUERY_HEADS, HEAD_DIM = 32, 128
-STORES: tuple[Store, ...] = (KIVI(bits=2), KIVI(bits=4), FP8())
+STORES: tuple[Store, ...] = (KIVI(bits=2), KIVI(bits=4), FP8(), RotateKV(bits=2), RotateKV(bits=4))
+ROTARY = Rotary(10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
 OURS, BASE_LOOKUP, LOOKUP = "pintpot", "pintpot, a grid beside t-mac", "t-mac"
 LOOKUP_WIDTHS, LOOKUP_ROWS = ((1, 128), (2, 128), (3, 128), (4, 128), (4, 32)), (1, 8)
 Run = Callable[[], object]
@@ -391,8 +394,9 @@ def packed_attention(store: Store, keys: Tensor, values: Tensor, query: Tensor) 
     heads = keys.shape[1]
 
     def filled() -> Any:
-        state = store.open(Place(LayerSizes(heads, HEAD_DIM, HEAD_DIM, QUERY_HEADS)))
-        state.append(Tokens.consecutive(keys, values))
+        state = store.open(Place(LayerSizes(heads, HEAD_DIM, HEAD_DIM, QUERY_HEADS), rotary=ROTARY))
+        # The input of the attention, where a store asks for it, decides which tokens are held exactly, and no more.
+        state.append(Tokens.consecutive(keys, values, inputs=keys[:, :1]))
         return state
 
     states = [filled()]

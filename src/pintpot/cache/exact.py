@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pintpot.cache._base import LayerSizes
 from pintpot.cache.tokens import Buffer, Tokens
+from pintpot.kernels import Attended, attended, capped
 
 
 class ExactTokens:
@@ -55,6 +56,24 @@ class ExactTokens:
         exact = self.buffers[name].view().float()
         longer = torch.cat([numbers, numbers[:, :, :1]], dim=2)
         return longer.scatter_(2, index.expand_as(exact), exact)[:, :, :count]
+
+    def numbers(self) -> Tensor | None:
+        """Their numbers in the store, int32 (B, n) in their order; None where there are none."""
+        index = self.buffers["index"]
+        return index.view().flatten(1).contiguous() if index.tokens else None
+
+    def attend(self, query: Tensor, first: int, stop: int, softcap: float | None) -> Attended | None:
+        """What float32 queries (B, K, M, D) get from those of number ``first`` to ``stop``; None where there are none.
+
+        The others weigh nothing beside any token.
+        """
+        numbers = self.numbers()
+        if numbers is None:
+            return None
+        scores = capped(query @ self.buffers["keys"].view().float().transpose(-1, -2), softcap)
+        others = (numbers < first) | (numbers >= stop)
+        scores = scores.masked_fill(others[:, None, None], torch.finfo(scores.dtype).min)
+        return attended(scores, self.buffers["values"].view().float())
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held."""

@@ -6,20 +6,20 @@ Differs:   without a calibration, channels are ordered by the sums of the first 
            looked for in what attention is given, after its norm, as the ratio of a token's greatest number to its
            mean one. At 2 bits a group's range is narrowed to 0.8 of it about its middle. Where heads times their size
            is no power of 2, the transform has smaller blocks.
-Saves:     kv_cache, real: bits + 32 / group_size bits for each number, and the sinks exactly beside. Attending makes
-           256 tokens float32 at a time, a few times over.
+Saves:     kv_cache, real: bits + 32 / group_size bits for each number, and the sinks exactly beside. Decoding reads
+           rows as they are packed where that is compiled; elsewhere attending makes 256 tokens float32 at a time, a
+           few times over.
 Shapes:    keys as one vector a token, packed (B, 1, T, bytes); values packed (B, K, T, bytes); sinks (B, K, n, D).
 Composes:  any keep; its heads then keep the same tokens, since the rotation mixes them.
 Use when:  2 or 3 bits, token by token with no window, on a model whose keys have outlier channels.
-Not when:  decoding must be fast on a processor: taking a rotation off costs more than unpacking.
+Not when:  decoding must be as fast as can be: kivi unpacks as many bits in less time, since no key is mixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,18 +29,9 @@ from pintpot.cache._base import Call, Chunk, LayerSizes, Place, Store, StoreStat
 from pintpot.cache.calibration import Calibrated, sample_layer
 from pintpot.cache.exact import ExactTokens, exact_bytes
 from pintpot.cache.forecast import places_of
+from pintpot.cache.fused import ReadableChunk
 from pintpot.cache.geometry import has_full_attention, layer_kinds
-from pintpot.cache.rows import (
-    BLOCK_TOKENS,
-    Columns,
-    LazyChunk,
-    Rows,
-    joined,
-    position_bytes,
-    position_column,
-    positions_of,
-    room_for,
-)
+from pintpot.cache.rows import BLOCK_TOKENS, Rows, joined, position_bytes, position_column, positions_of, room_for
 from pintpot.cache.token_grid import TokenGrid, largest_divisor
 from pintpot.cache.tokens import Tokens
 from pintpot.core.errors import CompositionError
@@ -48,6 +39,7 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
+from pintpot.kernels import Attended, RotatedBlock, RotatedLayout, attend_rotated, attend_serves
 from pintpot.kernels.hadamard import hadamard, power_of_two
 
 RISK = {8: 0.0, 7: 0.0001, 6: 0.0003, 5: 0.001, 4: 0.003, 3: 0.015, 2: 0.085, 1: 1.0}
@@ -131,14 +123,21 @@ class RotateKV(Calibrated, Store):
         return batch * (room_for(tokens, place) * row + exact_bytes(self.sink_tokens, sizes, dtype) + order)
 
     def chunk_bytes(self, sizes: LayerSizes, batch: int) -> int:
-        """Codes, and numbers of one block before and after a step of the transform."""
-        return BLOCK_TOKENS * batch * sizes.heads * max(sizes.key_dim, sizes.value_dim) * (1 + 3 * 4)
+        """Sinks (keys or values, twice) and queries in float32; or codes and numbers of a block around a step."""
+        width = max(sizes.key_dim, sizes.value_dim)
+        if sizes.read_packed:
+            return batch * width * 4 * (2 * self.sink_tokens * sizes.heads + 5 * sizes.query_heads)
+        return BLOCK_TOKENS * batch * sizes.heads * width * (1 + 3 * 4)
 
     def decode_bytes(self, tokens: int, place: Place, batch: int, dtype: torch.dtype) -> int:
-        """See ``Store.decode_bytes``: about ten passes over float32 to unpack, order and turn, and three a step."""
+        """See ``Store.decode_bytes``: once what is packed, where the kernel reads it.
+
+        Elsewhere about ten passes over float32 to unpack, order and turn, and three a step of the transform.
+        """
         steps = self.layout(place.sizes).key_block.bit_length() - 1
         numbers = place.sizes.dense_bytes(tokens, batch, torch.float32)
-        return self.predict_bytes(tokens, place, batch, dtype) + numbers * (10 + 3 * steps)
+        passes = 0 if place.sizes.read_packed else 10 + 3 * steps
+        return self.predict_bytes(tokens, place, batch, dtype) + numbers * passes
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From the table."""
@@ -235,13 +234,13 @@ class RotateKVState(StoreState):
 
     def chunks(self, call: Call) -> Iterator[Chunk]:
         """See ``StoreState.chunks``."""
-        for start, columns in self.rows.views():
-            count = columns["key_codes"].shape[2]
-            make = (partial(self._keys, columns, start, count), partial(self._values, columns, start))
-            yield LazyChunk(count, *make)
+        for start in range(0, self.tokens, BLOCK_TOKENS):
+            yield RotatedChunk(self, start, min(BLOCK_TOKENS, self.tokens - start))
 
-    def _keys(self, columns: Columns, start: int, count: int) -> Tensor:
+    def read_keys(self, start: int, count: int) -> Tensor:
+        """Keys of ``count`` tokens from number ``start`` on, all of one block: float32 (B, K, count, D)."""
         layout, rotary = self.layout, self.place.rotary
+        columns = self.rows.read(start, start + count)
         ordered = layout.keys.unpack(columns, "key_")
         rotated = ordered.gather(-1, self._order().argsort(dim=-1).expand_as(ordered))
         joint = hadamard(rotated, layout.key_block).squeeze(1)
@@ -250,9 +249,31 @@ class RotateKVState(StoreState):
             keys = rotary.rotate(keys, positions_of(columns, start, count, keys.device))
         return self.sinks.put_in("keys", keys, start)
 
-    def _values(self, columns: Columns, start: int) -> Tensor:
-        rotated = self.layout.values.unpack(columns, "value_")
+    def read_values(self, start: int, count: int) -> Tensor:
+        """Their values, float32 (B, K, count, E)."""
+        rotated = self.layout.values.unpack(self.rows.read(start, start + count), "value_")
         return self.sinks.put_in("values", hadamard(rotated, self.layout.value_block), start)
+
+    def block(self, start: int, count: int) -> RotatedBlock:
+        """The block of these tokens as it is packed, spare room included."""
+        held = self.rows.blocks[start // BLOCK_TOKENS]
+        return RotatedBlock(
+            held["key_codes"],
+            held["key_scale"],
+            held["key_low"],
+            held["value_codes"],
+            held["value_scale"],
+            held["value_low"],
+            held.get("positions"),
+            count,
+        )
+
+    def packing(self) -> RotatedLayout:
+        """How all blocks are packed."""
+        layout, rotary = self.layout, self.place.rotary
+        order = self.place.tensors["order"][None] if self.order is None else self.order.flatten(1)
+        sizes = layout.keys.bits, layout.keys.group, layout.values.group, layout.key_block, layout.value_block
+        return RotatedLayout(*sizes, order, *(() if rotary is None else (rotary.frequencies, rotary.scaling)))
 
     def tensors(self) -> Iterator[Tensor]:
         """See ``StoreState.tensors``."""
@@ -266,6 +287,39 @@ class RotateKVState(StoreState):
         self.rows.over_batch_(change)
         self.sinks.over_batch_(change)
         self.order = None if self.order is None else change(self.order)
+
+
+class RotatedChunk(ReadableChunk):
+    """Tokens of one block.
+
+    Args:
+        state: holds them.
+        start: number of the first.
+        tokens: how many.
+    """
+
+    def __init__(self, state: RotateKVState, start: int, tokens: int) -> None:
+        self.state, self.start, self.tokens = state, start, tokens
+
+    def read_keys(self) -> Tensor:
+        """Its keys, float32 (B, K, tokens, D)."""
+        return self.state.read_keys(self.start, self.tokens)
+
+    def read_values(self) -> Tensor:
+        """Its values, float32 (B, K, tokens, E)."""
+        return self.state.read_values(self.start, self.tokens)
+
+    @classmethod
+    def attend_run(cls, chunks: Sequence[Self], query: Tensor, softcap: float | None) -> Attended | None:
+        """See ``Chunk.attend_run``: few queries read blocks as they are packed, where that is compiled."""
+        state, first = chunks[0].state, chunks[0].start
+        blocks = [state.block(chunk.start, chunk.tokens) for chunk in chunks]
+        if not attend_serves(query, blocks):
+            return super().attend_run(chunks, query, softcap)
+        sinks, packing = state.sinks, state.packing()
+        found = attend_rotated(query, blocks, packing, first=first, skipped=sinks.numbers(), softcap=softcap)
+        exact = sinks.attend(query, first, chunks[-1].start + chunks[-1].tokens, softcap)
+        return found if exact is None else found.joined(exact)
 
 
 def peaks(inputs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The compiled attention to packed blocks, which ``attend.py`` defines.
 
-The tensors of all blocks come in one list, block by block in the order of ``PackedBlock`` and ``Float8Block``. Each
-operation checks their sizes, since the library only has their addresses.
+The tensors of all blocks come in one list, block by block in the order of ``PackedBlock``, ``Float8Block`` and
+``RotatedBlock``. Each operation checks their sizes, since the library only has their addresses.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ class _Attend(ctypes.Structure):
         *((name, INT64) for name in ("scale_dtype", "bits", "key_group", "value_group")),
         *((name, INT64) for name in ("count", "heads", "rows", "key_dim", "value_dim", "threads")),
         ("softcap", ctypes.c_double),
+    ]
+
+
+class _Rotated(ctypes.Structure):
+    _fields_ = [
+        ("attend", _Attend),
+        *((name, POINTER) for name in ("positions", "order", "frequencies", "skipped")),
+        *((name, INT64) for name in ("sequences", "orders", "waves", "skips", "key_block", "first")),
+        ("scaling", ctypes.c_double),
     ]
 
 
@@ -110,6 +119,87 @@ def _fp8_shape(query: Tensor, stored: Sequence[Tensor], tokens: Sequence[int], s
     return _results(query, value_dim)
 
 
+def _attend_rotated(
+    query: Tensor,
+    stored: Sequence[Tensor],
+    tokens: Sequence[int],
+    order: Tensor,
+    frequencies: Tensor | None,
+    skipped: Tensor | None,
+    layout: Sequence[int],
+    scaling: float,
+    softcap: float,
+) -> Result:
+    found = _rotated_shape(query, stored, tokens, order, frequencies, skipped, layout, scaling, softcap)
+    bits, key_group, value_group, key_block, first = layout
+    blocks, positions = [], []
+    for block, count in _each(stored, len(stored) // len(tokens), tokens):
+        blocks.append(_Block(*(t.data_ptr() for t in block[:6]), count, block[3].shape[2]))
+        positions.append(block[6].data_ptr() if len(block) > 6 else None)
+    places = (POINTER * len(positions))(*positions)
+    given = [None if held is None else held.data_ptr() for held in (order, frequencies, skipped)]
+    counts = len(order), *(0 if held is None else held.shape[-1] for held in (frequencies, skipped))
+    packing = native.DTYPES[stored[1].dtype], bits, key_group, value_group
+    array = (_Block * len(blocks))(*blocks)
+    call = _filled(query, array, found, packing, softcap)
+    sizes = len(query), *counts, key_block, first
+    native.call("attend_rotated", _Rotated(call, ctypes.addressof(places), *given, *sizes, scaling))
+    return found
+
+
+def _rotated_shape(
+    query: Tensor,
+    stored: Sequence[Tensor],
+    tokens: Sequence[int],
+    order: Tensor,
+    frequencies: Tensor | None,
+    skipped: Tensor | None,
+    layout: Sequence[int],
+    scaling: float,
+    softcap: float,
+) -> Result:
+    tensors = len(stored) // max(1, len(tokens))
+    if tensors not in (6, 7) or len(layout) != 5:
+        raise ShapeError(f"{tensors} tensors of a block and {len(layout)} sizes cannot be", hint=HINT)
+    _check_query(query, [held for place, held in enumerate(stored) if place % tensors < 6], 6, tokens, softcap)
+    bits, key_group, value_group, key_block, _ = layout
+    batch, heads, width = *query.shape[:2], query.shape[1] * query.shape[3]
+    _check_rotation(query, order, frequencies, skipped)
+    if (
+        min(key_group, value_group, key_block) < 1
+        or key_block & (key_block - 1)
+        or width % key_group | width % key_block
+    ):
+        raise ShapeError(f"{width} channels of keys have no groups of {key_group} or blocks of {key_block}", hint=HINT)
+    value_dim = stored[4].shape[-1] * value_group
+    for block, count in _each(stored, tensors, tokens):
+        room = block[3].shape[2] if block[3].dim() == 4 else 0
+        keys: Shape = (batch, 1, room, width // key_group)
+        values: Shape = (batch, heads, room, value_dim // value_group)
+        shapes = [(batch, 1, room, packed_size(width, bits)), keys, keys]
+        shapes += [(batch, heads, room, packed_size(value_dim, bits)), values, values, (batch, 1, room, 1)]
+        _check_block(block, shapes[:tensors], count, room)
+        if tensors == 7 and block[6].dtype != torch.int32:
+            raise ShapeError(f"positions are int32, not {block[6].dtype}", hint=HINT)
+    return _results(query, value_dim)
+
+
+def _check_rotation(query: Tensor, order: Tensor, frequencies: Tensor | None, skipped: Tensor | None) -> None:
+    batch, width, key_dim = len(query), query.shape[1] * query.shape[3], query.shape[3]
+    given = [held for held in (order, frequencies, skipped) if held is not None]
+    ordered = order.dtype == torch.int32 and order.dim() == 2 and order.shape[1] == width and len(order) in (1, batch)
+    turned = frequencies is None or (
+        frequencies.dtype == torch.float32 and frequencies.dim() == 1 and 2 * len(frequencies) <= key_dim
+    )
+    left = skipped is None or (skipped.dtype == torch.int32 and skipped.dim() == 2 and len(skipped) == batch)
+    if not (ordered and turned and left and all(held.is_contiguous() for held in given)):
+        raise ShapeError(
+            f"{[(tuple(held.shape), held.dtype) for held in given]} are not the order of {width} channels (int32), the"
+            f" frequencies of at most {key_dim // 2} pairs of them, and tokens that are left out (int32)",
+            hint=HINT,
+        )
+
+
 def _by_token(stored: Sequence[Tensor]) -> bool:
     """Whether each token has a scale of its own."""
     return stored[1].shape[2:3] == stored[0].shape[2:3]
@@ -151,12 +241,18 @@ def _results(query: Tensor, value_dim: int) -> Result:
 def _run(
     name: str, query: Tensor, blocks: list[_Block], found: Result, packing: tuple[int, ...], softcap: float
 ) -> None:
-    """``packing`` is the number of the scales' dtype, the bits, and the groups of keys and values."""
     array = (_Block * len(blocks))(*blocks)
-    pointers = ctypes.addressof(array), query.data_ptr(), *(t.data_ptr() for t in found)
+    native.call(name, _filled(query, array, found, packing, softcap))
+
+
+def _filled(
+    query: Tensor, blocks: ctypes.Array[_Block], found: Result, packing: tuple[int, ...], softcap: float
+) -> _Attend:
+    """``packing`` is the number of the scales' dtype, the bits, and the groups of keys and values."""
+    pointers = ctypes.addressof(blocks), query.data_ptr(), *(t.data_ptr() for t in found)
     heads, rows, key_dim = query.shape[:2].numel(), *query.shape[2:]
     sizes = len(blocks), heads, rows, key_dim, found[0].shape[-1], torch.get_num_threads()
-    native.call(name, _Attend(*pointers, *packing, *sizes, softcap))
+    return _Attend(*pointers, *packing, *sizes, softcap)
 
 
 native.register(
@@ -170,9 +266,17 @@ native.register(
     _attend_fp8,
     _fp8_shape,
 )
+native.register(
+    "attend_rotated(Tensor query, Tensor[] stored, int[] tokens, Tensor order, Tensor? frequencies, Tensor? skipped,"
+    " int[] layout, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
+    _attend_rotated,
+    _rotated_shape,
+)
 
 
-@register_flop_formula([torch.ops.pintpot.attend_packed, torch.ops.pintpot.attend_fp8])
+@register_flop_formula(
+    [torch.ops.pintpot.attend_packed, torch.ops.pintpot.attend_fp8, torch.ops.pintpot.attend_rotated]
+)
 def _attend_flops(
     query: torch.Size,
     stored: Sequence[torch.Size],

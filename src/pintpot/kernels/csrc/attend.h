@@ -49,19 +49,37 @@ inline void read_scales(const PintpotAttend& call, const void* from, int64_t sta
     with_type(call.scale_dtype, from, [&](const auto* numbers) { scales_of(numbers + start, count, to); });
 }
 
-// Keys in groups along tokens, values in groups along channels, codes that are integers.
+// Values in groups along channels, codes that are integers.
+struct GridValues {
+    Table table;
+
+    bool prepare(const PintpotAttend& call) { return table.prepare(call.bits, 1, call.value_dim, call.value_group); }
+
+    void mix(const PintpotAttend& call, const Held& held, const Weighed& weighed, Rows weights, int64_t inputs,
+             Rows out) const {
+        const PintpotAttendBlock& block = held.block;
+        const int64_t groups = table.groups, stride = table.row_bytes, first = held.head * block.room;
+        read_scales(call, block.value_scale, first * groups, block.tokens * groups, weighed.scale.get());
+        read_scales(call, block.value_low, first * groups, block.tokens * groups, weighed.low.get());
+        const Packed packed = {block.values + first * stride, block.values + call.heads * block.room * stride,
+                               block.tokens, stride, groups, nullptr, 0};
+        combine<false>(table, packed, stride, weighed, weights, inputs, true, out);
+    }
+};
+
+// The same, and keys in groups along tokens.
 struct GridTokens {
-    Table keys, values;
+    Table keys;
+    GridValues values;
 
     bool prepare(const PintpotAttend& call, int64_t room) {
-        return keys.prepare(call.bits, room / call.key_group, call.key_group, call.key_group) &&
-               values.prepare(call.bits, 1, call.value_dim, call.value_group);
+        return keys.prepare(call.bits, room / call.key_group, call.key_group, call.key_group) && values.prepare(call);
     }
     int64_t scales(const PintpotAttend& call, int64_t room) const {
-        const int64_t of_keys = call.key_dim * keys.groups, of_values = room * values.groups;
+        const int64_t of_keys = call.key_dim * keys.groups, of_values = room * values.table.groups;
         return of_keys > of_values ? of_keys : of_values;
     }
-    int64_t groups() const { return keys.groups > values.groups ? keys.groups : values.groups; }
+    int64_t groups() const { return keys.groups > values.table.groups ? keys.groups : values.table.groups; }
 
     void score(const PintpotAttend& call, const Held& held, const Weighed& weighed, Rows query, int64_t inputs,
                Rows scores) const {
@@ -81,13 +99,7 @@ struct GridTokens {
 
     void mix(const PintpotAttend& call, const Held& held, const Weighed& weighed, Rows weights, int64_t inputs,
              Rows out) const {
-        const PintpotAttendBlock& block = held.block;
-        const int64_t groups = values.groups, stride = values.row_bytes, first = held.head * block.room;
-        read_scales(call, block.value_scale, first * groups, block.tokens * groups, weighed.scale.get());
-        read_scales(call, block.value_low, first * groups, block.tokens * groups, weighed.low.get());
-        const Packed packed = {block.values + first * stride, block.values + call.heads * block.room * stride,
-                               block.tokens, stride, groups, nullptr, 0};
-        combine<false>(values, packed, stride, weighed, weights, inputs, true, out);
+        values.mix(call, held, weighed, weights, inputs, out);
     }
 };
 
@@ -164,6 +176,30 @@ struct Found {
     Rows out;  // (rows, value_dim + 1), relative to `top`
     float* top;
     float* norm;
+
+    void clear(int64_t rows) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            top[row] = -INFINITY;
+            norm[row] = 0;
+        }
+        for (int64_t c = 0; c < rows * out.apart; ++c) out.numbers[c] = 0;
+    }
+};
+
+// That of `count` runs of blocks, each with `rows` queries.
+struct Partials {
+    Buffer<float> numbers;
+    Buffer<Found> found;
+
+    bool prepare(int64_t count, int64_t rows, int64_t value_dim) {
+        const int64_t apart = value_dim + 1, size = rows * (apart + 2);
+        if (!numbers.reserve(count * size) || !found.reserve(count)) return false;
+        for (int64_t i = 0; i < count; ++i) {
+            float* own = numbers.get() + i * size;
+            found.get()[i] = {{own, apart}, own + rows * apart, own + rows * (apart + 1)};
+        }
+        return true;
+    }
 };
 
 inline int64_t padded_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -200,11 +236,7 @@ inline void soften(float* scores, int64_t tokens, const Found& found, int64_t ro
 template <typename Tokens>
 void attend_run(const PintpotAttend& call, const Tokens& tokens, const Weighed& weighed, Rows query, Rows scores,
                 int64_t head, int64_t begin, int64_t end, const Found& found) {
-    for (int64_t row = 0; row < call.rows; ++row) {
-        found.top[row] = -INFINITY;
-        found.norm[row] = 0;
-        for (int64_t c = 0; c < found.out.apart; ++c) found.out.numbers[row * found.out.apart + c] = 0;
-    }
+    found.clear(call.rows);
     for (int64_t b = begin; b < end; ++b) {
         const Held held = {call.blocks[b], head};
         for (int64_t row = 0; row < call.rows; row += kMostInputs) {
@@ -255,17 +287,13 @@ int attend(const PintpotAttend& call) {
     const int64_t most = (call.count + kLeastBlocksOfRun - 1) / kLeastBlocksOfRun;
     const int64_t wanted = (kEnoughRuns + call.heads - 1) / call.heads, runs = wanted < most ? wanted : most;
     const int64_t wide = padded_to_lanes(call.key_dim), rows = call.heads * call.rows;
-    const int64_t apart = call.value_dim + 1, partial = call.rows * (apart + 2);
     Tokens tokens;
-    Buffer<float> query(rows * wide), partials(call.heads * runs * partial);
-    Buffer<Found> found(call.heads * runs);
-    if (!tokens.prepare(call, room) || !query.get() || !partials.get() || !found.get()) return 1;
+    Buffer<float> query(rows * wide);
+    Partials partials;
+    if (!tokens.prepare(call, room) || !query.get()) return 1;
+    if (!partials.prepare(call.heads * runs, call.rows, call.value_dim)) return 1;
     for (int64_t i = 0; i < rows * wide; ++i) {
         query.get()[i] = i % wide < call.key_dim ? call.query[i / wide * call.key_dim + i % wide] : 0;
-    }
-    for (int64_t i = 0; i < call.heads * runs; ++i) {
-        float* own = partials.get() + i * partial;
-        found.get()[i] = {{own, apart}, own + call.rows * apart, own + call.rows * (apart + 1)};
     }
     const int64_t work = call.heads * call.rows * total * (call.key_dim + call.value_dim);
     bool failed = false;
@@ -278,11 +306,11 @@ int attend(const PintpotAttend& call) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t run = i % runs;
                 attend_run(call, tokens, weighed, {query.get(), wide}, {scores.get(), width}, i / runs,
-                           call.count * run / runs, call.count * (run + 1) / runs, found.get()[i]);
+                           call.count * run / runs, call.count * (run + 1) / runs, partials.found.get()[i]);
             }
         });
     if (failed) return 1;
-    for (int64_t head = 0; head < call.heads; ++head) join(call, found.get() + head * runs, runs, head);
+    for (int64_t head = 0; head < call.heads; ++head) join(call, partials.found.get() + head * runs, runs, head);
     return 0;
 }
 

@@ -45,18 +45,37 @@ inline Floats mixed_within(Floats x, int64_t block) {
     return x;
 }
 
+// Two steps at once: of numbers `half` apart, then of the results twice as far apart.
+inline void mix_four(float* numbers, int64_t half) {
+    for (float* at = numbers; at < numbers + half; at += kLanes) {
+        const Floats a = load<Floats>(at), b = load<Floats>(at + half);
+        const Floats c = load<Floats>(at + 2 * half), d = load<Floats>(at + 3 * half);
+        const Floats ab = a + b, cd = c + d, less_ab = a - b, less_cd = c - d;
+        store(at, ab + cd);
+        store(at + half, less_ab + less_cd);
+        store(at + 2 * half, ab - cd);
+        store(at + 3 * half, less_ab - less_cd);
+    }
+}
+
+// The steps of blocks in which whole vectors are mixed, of numbers `half` apart and more.
+inline void mix_vectors(float* numbers, int64_t count, int64_t half, int64_t block) {
+    for (; 2 * half < block; half *= 4) {
+        for (int64_t start = 0; start < count; start += 4 * half) mix_four(numbers + start, half);
+    }
+    for (int64_t start = 0; half < block && start < count; start += 2 * half) {
+        for (int64_t i = start; i < start + half; i += kLanes) {
+            const Floats first = load<Floats>(numbers + i), second = load<Floats>(numbers + i + half);
+            store(numbers + i, first + second);
+            store(numbers + i + half, first - second);
+        }
+    }
+}
+
 // Blocks of `count` numbers, in place; `count` is a multiple of the block and of kLanes.
 inline void mix(float* numbers, int64_t count, int64_t block) {
     for (int64_t i = 0; i < count; i += kLanes) store(numbers + i, mixed_within(load<Floats>(numbers + i), block));
-    for (int64_t half = kLanes; half < block; half *= 2) {
-        for (int64_t start = 0; start < count; start += 2 * half) {
-            for (int64_t i = start; i < start + half; i += kLanes) {
-                const Floats first = load<Floats>(numbers + i), second = load<Floats>(numbers + i + half);
-                store(numbers + i, first + second);
-                store(numbers + i + half, first - second);
-            }
-        }
-    }
+    mix_vectors(numbers, count, kLanes, block);
 }
 
 // Numbers that are transformed together: whole blocks, as many as stay in the processor's first cache.

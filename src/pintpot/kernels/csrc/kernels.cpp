@@ -2,6 +2,7 @@
 // PINTPOT_ISA; what is not the table below has internal linkage, so that no two copies are mixed up by the linker.
 #include "adam.h"
 #include "attend.h"
+#include "attend_rotated.h"
 #include "dispatch.h"
 #include "grid.h"
 #include "hadamard.h"

@@ -90,6 +90,21 @@ struct PintpotAttend {
     double softcap;  // scores become softcap * tanh(scores / softcap); 0 leaves them
 };
 
+// Attention to tokens whose keys, before positions turned them, were joined over the heads of a sequence (`width`
+// numbers), mixed and put into another order. In `attend`, keys of a block are (sequences, room, packed_size(width,
+// bits)), and key_scale and key_low (sequences, room, width / key_group). Values are those of attend_packed; they were
+// mixed too, and so is `out`.
+struct PintpotAttendRotated {
+    PintpotAttend attend;
+    const int32_t* const* positions;  // for each block (sequences, room), or null: a token's number is its position
+    const int32_t* order;             // (orders, width), the channel at each place; one for each sequence, or for all
+    const float* frequencies;         // (waves,): channels i, i + waves of a head are turned by position * frequency
+    const int32_t* skipped;           // (sequences, skips), numbers of tokens that are left out
+    int64_t sequences, orders, waves, skips, key_block;
+    int64_t first;   // number of the first block's first token
+    double scaling;  // of the channels that are turned
+};
+
 // left (rows, rank) times right (rank, columns).
 struct PintpotLowRankMatmul {
     const void* left;
@@ -231,6 +246,7 @@ void pintpot_use_runtime(void* parallel);
     EACH(row_tiles_matmul, PintpotGridMatmul) \
     EACH(attend_packed, PintpotAttend) \
     EACH(attend_fp8, PintpotAttend) \
+    EACH(attend_rotated, PintpotAttendRotated) \
     EACH(planes_dequantize, PintpotGridDequantize) \
     EACH(lut_matmul, PintpotGridMatmul) \
     EACH(low_rank_matmul, PintpotLowRankMatmul) \
