@@ -1,5 +1,7 @@
 """The compiled kernels, once for each instruction set that this processor has."""
 
+import functools
+import platform
 import shutil
 
 import pytest
@@ -7,16 +9,22 @@ import torch
 
 from pintpot.kernels import native
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("dotprod", "generic") if platform.machine() == "aarch64" else ("avx512", "avx2", "generic")
+
+
+@pytest.fixture(scope="session")
+def copy_for(tmp_path_factory):
+    """Copies the library once for each instruction set: where it is loaded it chooses one for good."""
+    folder = tmp_path_factory.mktemp("kernels")
+    return functools.cache(lambda isa, library: shutil.copy(library, folder / f"{isa}.so"))
 
 
 @pytest.fixture(params=ISAS)
-def isa(request, tmp_path, monkeypatch):
-    """Loads a copy of the library, which makes its own choice of the instruction set."""
+def isa(request, copy_for, monkeypatch):
+    """Loads a copy of the library that works with one instruction set."""
     if native.library() is None:
         pytest.skip("the compiled kernels are not built")
-    copy = shutil.copy(native.library()._name, tmp_path / "lib.so")
-    monkeypatch.setenv("PINTPOT_KERNELS", str(copy))
+    monkeypatch.setenv("PINTPOT_KERNELS", str(copy_for(request.param, native.library()._name)))
     monkeypatch.setenv("PINTPOT_ISA", request.param)
     native.library.cache_clear()
     if native.path() != request.param:

@@ -106,7 +106,8 @@ def float8(rooms, key_dim, value_dim, *, by_token=True, heads=K):
         generator = torch.Generator().manual_seed(index if by_token else 0)
         scale = (torch.rand(2, B, heads, room if by_token else 1, 1, generator=generator) * 0.01).bfloat16()
         keys, values = (normal(B, heads, room, dim, seed=index) * 100 for dim in (key_dim, value_dim))
-        codes = [numbers.to(torch.float8_e4m3fn).view(torch.uint8) for numbers in (keys, values)]
+        # (What lies beyond the format's greatest number is NaN in some versions of torch.)
+        codes = [numbers.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) for numbers in (keys, values)]
         blocks.append(Float8Block(codes[0], scale[0], codes[1], scale[1], room))
     return [*blocks[:-1], blocks[-1]._replace(tokens=max(1, rooms[-1] - 3))]
 

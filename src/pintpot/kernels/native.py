@@ -59,7 +59,10 @@ def library() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result
 def path() -> str:
-    """The instruction set that the kernels use here (``avx512``, ``avx2``, ``generic``), or ``PLAIN`` without them."""
+    """The instruction set that the kernels use here, or ``PLAIN`` without them.
+
+    It is ``avx512`` or ``avx2`` on x86-64, ``dotprod`` on 64-bit ARM, and ``generic`` wherever there is none of them.
+    """
     found = library()
     return PLAIN if found is None else found.pintpot_path().decode()
 

@@ -30,6 +30,8 @@ inline Floats pick(const float* from, Ints places) {
     return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(places), load<Floats>(from));
 #elif defined(PINTPOT_AVX2)
     return _mm256_permutevar8x32_ps(load<Floats>(from), reinterpret_cast<__m256i>(places));
+#elif defined(PINTPOT_NEON)
+    return reinterpret_cast<Floats>(vqtbl1q_u8(load<uint8x16_t>(from), bytes_of(reinterpret_cast<Words>(places))));
 #else
     Floats found;
     for (int i = 0; i < kLanes; ++i) found[i] = from[places[i]];
@@ -141,15 +143,17 @@ struct Float8 {
     static constexpr int planes = 1;
     static constexpr float unit = 256.0f;
     static inline Floats numbers_at(const uint8_t* from) {
-#if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
-        const Halves bytes = __builtin_convertvector(load<Bytes>(from), Halves);
+#if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2) || defined(PINTPOT_NEON)
+        const Halves bytes = halves_of_bytes(from);
         const Halves size = bytes & 0x7f;
         const Halves nan = reinterpret_cast<Halves>(size == 0x7f) & 0x7e00;
         const Halves bits = ((bytes & 0x80) << 8) | (size << 7) | nan;
 #if defined(PINTPOT_AVX512)
         return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
-#else
+#elif defined(PINTPOT_AVX2)
         return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
+#else
+        return vcvt_f32_f16(reinterpret_cast<float16x4_t>(bits));
 #endif
 #else
         Floats found;

@@ -138,9 +138,39 @@ inline void dot_planes(const Codes& codes, const Place& place, const Plane* x, i
     }
 }
 
-#elif defined(PINTPOT_AVX2)
+#elif defined(PINTPOT_AVX2) || defined(PINTPOT_NEON)
 
 constexpr int64_t kDirectStep = 0;
+
+// The digits of some columns as they are loaded at once, and their codes beside them.
+typedef Plane Digits __attribute__((vector_size(4 * kLanes)));
+constexpr int64_t kStep = sizeof(Digits) / sizeof(Plane);
+
+// Codes are this much less beside digits of 8 bits, with which only signed bytes are multiplied.
+constexpr int kLess = sizeof(Plane) == 1 ? 128 : 0;
+
+inline Digits codes_at(const uint8_t* from) {
+#if defined(PINTPOT_AVX2)
+    return reinterpret_cast<Digits>(
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(PINTPOT_DOTPROD)
+    return reinterpret_cast<Digits>(veorq_u8(vld1q_u8(from), vdupq_n_u8(kLess)));
+#else
+    return reinterpret_cast<Digits>(vmovl_u8(vld1_u8(from)));
+#endif
+}
+
+// sum + the products of the codes and the digits, each in one of the lanes.
+inline Ints dot(Ints sum, Digits codes, Digits digits) {
+#if defined(PINTPOT_AVX2)
+    return sum + reinterpret_cast<Ints>(
+                     _mm256_madd_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(digits)));
+#elif defined(PINTPOT_DOTPROD)
+    return vdotq_s32(sum, codes, digits);
+#else
+    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(codes), vget_low_s16(digits)), codes, digits);
+#endif
+}
 
 template <int Rows, int Planes, int Fields, bool Joined>
 inline void dot_planes(const Codes& codes, const Place& place, const Plane* x, int64_t stride, const Weights& weights,
@@ -148,34 +178,30 @@ inline void dot_planes(const Codes& codes, const Place& place, const Plane* x, i
     const uint8_t* bytes = codes.bytes + place.offset[0];
     const int64_t count = place.count;
     x += place.column;
-    __m256i sums[Planes][Rows];
-    for (int p = 0; p < Planes; ++p) {
-        for (int r = 0; r < Rows; ++r) sums[p][r] = _mm256_setzero_si256();
-    }
+    Ints sums[Planes][Rows] = {}, digits[Planes] = {};
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        __m256i planes[Planes];
+    for (; i + kStep <= count; i += kStep) {
+        Digits planes[Planes];
         for (int p = 0; p < Planes; ++p) {
-            planes[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + p * stride + i));
+            planes[p] = load<Digits>(x + p * stride + i);
+            if (kLess) digits[p] = dot(digits[p], Digits{} + 1, planes[p]);
         }
         for (int r = 0; r < Rows; ++r) {
-            const __m256i row = _mm256_cvtepu8_epi16(
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + r * codes.stride + i)));
-            for (int p = 0; p < Planes; ++p) {
-                sums[p][r] = _mm256_add_epi32(sums[p][r], _mm256_madd_epi16(row, planes[p]));
-            }
+            const Digits row = codes_at(bytes + r * codes.stride + i);
+            for (int p = 0; p < Planes; ++p) sums[p][r] = dot(sums[p][r], row, planes[p]);
         }
     }
     for (int r = 0; r < Rows; ++r) {
         Floats value = {};
         for (int p = 0; p < Planes; ++p) {
+            // At most 512 / 4 products of 255 and a digit in a lane, which fit into 32 bits.
             int64_t rest = 0;
             for (int64_t j = i; j < count; ++j) {
                 rest += static_cast<int64_t>(bytes[r * codes.stride + j]) * x[p * stride + j];
             }
-            Floats plane = _mm256_cvtepi32_ps(sums[p][r]);
+            Floats plane = __builtin_convertvector(sums[p][r] + digits[p] * kLess, Floats);
             plane[0] += static_cast<float>(rest);
-            value = fused(value, all(65536.0f), plane);
+            value = fused(value, all(static_cast<float>(1 << kPlaneBits)), plane);
         }
         totals[r] = fused(value, all(weights.of(r, place)[0]), totals[r]);
     }

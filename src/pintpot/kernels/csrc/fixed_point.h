@@ -10,23 +10,19 @@ namespace {
 constexpr int64_t kSegment = 512;
 constexpr float kLargest = 1e30f, kSmallest = 1e-30f;
 
-#if defined(PINTPOT_AVX512)
+#if defined(PINTPOT_AVX512) || defined(PINTPOT_DOTPROD)
 typedef int8_t Plane;
 constexpr int kPlaneBits = 8;
+constexpr int kDigits = 3;
 #else
 typedef int16_t Plane;
 constexpr int kPlaneBits = 16;
-#endif
-
-#if defined(PINTPOT_AVX512)
-constexpr int kDigits = 3;
-#else
 constexpr int kDigits = 2;
 #endif
 
 // Of an input of a dtype, or as many as are asked for; none where there are no integer products.
 inline int planes_of(int64_t dtype, int64_t digits) {
-#if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
+#if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2) || defined(PINTPOT_NEON)
     const int held = dtype == kFloat32 ? kDigits : kDigits - 1;
     return digits > 0 && digits < held ? static_cast<int>(digits) : held;
 #else

@@ -143,6 +143,27 @@ inline void look_up(const uint8_t* planes, int64_t stride, int64_t bits, const u
     }
 }
 
+#elif defined(PINTPOT_NEON)
+
+inline void look_up(const uint8_t* planes, int64_t stride, int64_t bits, const uint8_t* tables, int64_t quads,
+                    uint16_t* totals) {
+    uint16x8_t sums[kLookedUpRows / 8] = {};
+    for (int64_t plane = bits - 1; plane >= 0; --plane) {
+        for (uint16x8_t& sum : sums) sum = vaddq_u16(sum, sum);
+        for (int64_t q = 0; q < quads; ++q) {
+            const uint8x16_t codes = vld1q_u8(planes + plane * stride + kEntries * q);
+            const uint8x16_t table = vld1q_u8(tables + kEntries * q);
+            const uint8x16_t found[2] = {vqtbl1q_u8(table, vandq_u8(codes, vdupq_n_u8(15))),
+                                         vqtbl1q_u8(table, vshrq_n_u8(codes, 4))};
+            for (int half = 0; half < 2; ++half) {
+                sums[2 * half] = vaddw_u8(sums[2 * half], vget_low_u8(found[half]));
+                sums[2 * half + 1] = vaddw_high_u8(sums[2 * half + 1], found[half]);
+            }
+        }
+    }
+    for (int i = 0; i < kLookedUpRows / 8; ++i) store(totals + 8 * i, sums[i]);
+}
+
 #else
 
 inline void look_up(const uint8_t* planes, int64_t stride, int64_t bits, const uint8_t* tables, int64_t quads,

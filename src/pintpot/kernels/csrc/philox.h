@@ -18,6 +18,9 @@ inline void multiply_words(Words a, uint32_t b, Words* high, Words* low) {
     const __m256i x = reinterpret_cast<__m256i>(a), y = _mm256_set1_epi32(static_cast<int>(b));
     const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
     *high = reinterpret_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#elif defined(PINTPOT_NEON)
+    const uint64x2_t first = vmull_n_u32(vget_low_u32(a), b), last = vmull_high_n_u32(a, b);
+    *high = vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(last));
 #else
     for (int i = 0; i < kLanes; ++i) (*high)[i] = static_cast<uint32_t>((static_cast<uint64_t>(a[i]) * b) >> 32);
 #endif

@@ -19,6 +19,11 @@
 #define PINTPOT_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PINTPOT_AVX2 1
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define PINTPOT_NEON 1
+#if defined(__ARM_FEATURE_DOTPROD)
+#define PINTPOT_DOTPROD 1
+#endif
 #endif
 
 namespace {
@@ -59,7 +64,7 @@ inline Floats square_root(Floats x) {
     return _mm256_sqrt_ps(x);
 #elif defined(__SSE2__)
     return _mm_sqrt_ps(x);
-#elif defined(__aarch64__)
+#elif defined(PINTPOT_NEON)
     return vsqrtq_f32(x);
 #else
     for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
@@ -73,7 +78,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(PINTPOT_AVX2)
     return _mm256_fmadd_ps(a, b, c);
-#elif defined(__aarch64__)
+#elif defined(PINTPOT_NEON)
     return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
@@ -104,11 +109,21 @@ inline float greatest(Floats x) {
     return most;
 }
 
+inline Halves halves_of_bytes(const uint8_t* from) {
+#if defined(PINTPOT_NEON)
+    return vget_low_u16(vmovl_u8(vcreate_u8(load<uint32_t>(from))));
+#else
+    return __builtin_convertvector(load<Bytes>(from), Halves);
+#endif
+}
+
 inline Floats floats_of_bytes(const uint8_t* from) {
 #if defined(PINTPOT_AVX512)
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif defined(PINTPOT_AVX2)
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#elif defined(PINTPOT_NEON)
+    return vcvtq_f32_u32(vmovl_u16(halves_of_bytes(from)));
 #else
     return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
 #endif
@@ -120,10 +135,19 @@ inline Words words_of_bytes(const uint8_t* from) {
 #elif defined(PINTPOT_AVX2)
         return reinterpret_cast<Words>(
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#elif defined(PINTPOT_NEON)
+        return vmovl_u16(halves_of_bytes(from));
 #else
         return __builtin_convertvector(load<Bytes>(from), Words);
 #endif
     }
+
+#if defined(PINTPOT_NEON)
+// Where the bytes of numbers of 32 bits are in a table of them; beyond its end, which gives 0, for a number of -1.
+inline uint8x16_t bytes_of(Words places) {
+    return reinterpret_cast<uint8x16_t>(places * 0x04040404u + 0x03020100u);
+}
+#endif
 
 // Stored numbers. The dtypes are numbered as in native.py.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -147,6 +171,10 @@ inline float number(BFloat16 x) {
 inline float number(Float16 x) {
 #if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
     return _cvtsh_ss(x.bits);
+#elif defined(PINTPOT_NEON)
+    __fp16 value;
+    std::memcpy(&value, &x.bits, 2);
+    return value;
 #else
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
     const uint32_t rest = x.bits & 0x7fff;
@@ -173,6 +201,9 @@ inline void put(BFloat16* to, float value) {
 inline void put(Float16* to, float value) {
 #if defined(PINTPOT_AVX512) || defined(PINTPOT_AVX2)
     to->bits = _cvtss_sh(value, 0);
+#elif defined(PINTPOT_NEON)
+    const __fp16 rounded = static_cast<__fp16>(value);
+    std::memcpy(&to->bits, &rounded, 2);
 #else
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -194,7 +225,11 @@ inline void put(Float16* to, float value) {
 inline Floats numbers(const float* from) { return load<Floats>(from); }
 
 inline Floats numbers(const BFloat16* from) {
+#if defined(PINTPOT_NEON)
+    return reinterpret_cast<Floats>(vshll_n_u16(load<uint16x4_t>(from), 16));
+#else
     return reinterpret_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
 }
 
 inline Floats numbers(const Float16* from) {
@@ -202,6 +237,8 @@ inline Floats numbers(const Float16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(PINTPOT_AVX2)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(PINTPOT_NEON)
+    return vcvt_f32_f16(load<float16x4_t>(from));
 #else
     Floats found;
     for (int i = 0; i < kLanes; ++i) found[i] = number(from[i]);
@@ -230,6 +267,8 @@ inline void put_all(Float16* to, Floats x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, 0));
 #elif defined(PINTPOT_AVX2)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, 0));
+#elif defined(PINTPOT_NEON)
+    store(to, vcvt_f16_f32(x));
 #else
     for (int i = 0; i < kLanes; ++i) put(to + i, x[i]);
 #endif

@@ -67,16 +67,16 @@ inline Floats expanded(unsigned mask, Floats from) {
     return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), from);
 }
 
-#elif defined(PINTPOT_AVX2)
+#elif defined(PINTPOT_AVX2) || defined(PINTPOT_NEON)
 
-// For each mask and lane, which number comes there; negative for none.
+// For each mask and lane, which number comes there; -1 for none.
 struct Expansions {
-    int8_t from[256][8];
+    int8_t from[1 << kLanes][kLanes];
 
     constexpr Expansions() : from() {
-        for (int mask = 0; mask < 256; ++mask) {
+        for (int mask = 0; mask < 1 << kLanes; ++mask) {
             int8_t next = 0;
-            for (int lane = 0; lane < 8; ++lane) {
+            for (int lane = 0; lane < kLanes; ++lane) {
                 from[mask][lane] = -1;
                 if (mask >> lane & 1) from[mask][lane] = next++;
             }
@@ -87,11 +87,17 @@ struct Expansions {
 constexpr Expansions kExpansions;
 
 inline Floats expanded(unsigned mask, Floats from) {
+#if defined(PINTPOT_AVX2)
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpansions.from[mask]));
     const __m256i places = _mm256_cvtepi8_epi32(bytes);
     const __m256 moved = _mm256_permutevar8x32_ps(from, places);
     // Where the place is negative, its sign selects the zero.
     return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(places));
+#else
+    const int8x8_t bytes = vcreate_s8(load<uint32_t>(kExpansions.from[mask]));
+    const uint32x4_t places = vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+    return reinterpret_cast<Floats>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(from), bytes_of(places)));
+#endif
 }
 
 #else

@@ -40,7 +40,7 @@ struct Book {
         const uint8_t* top = codes_of(high, bits - 8, row, count, begin, end, codes);
         int64_t i = 0;
         for (; i + kLanes <= end - begin; i += kLanes) {
-            store(to + i, load<Halves>(to + i) | __builtin_convertvector(load<Bytes>(top + i), Halves) << 8);
+            store(to + i, load<Halves>(to + i) | halves_of_bytes(top + i) << 8);
         }
         for (; i < end - begin; ++i) to[i] = static_cast<uint16_t>(to[i] | top[i] << 8);
     }
@@ -57,7 +57,7 @@ struct Book {
     static void widen(const uint8_t* from, int64_t count, uint16_t* to) {
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes) {
-            store(to + i, __builtin_convertvector(load<Bytes>(from + i), Halves));
+            store(to + i, halves_of_bytes(from + i));
         }
         for (; i < count; ++i) to[i] = from[i];
     }
@@ -115,6 +115,12 @@ inline int64_t write_few(const float* entries, int64_t bits, const uint16_t* ind
         _mm256_storeu_ps(to + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(held[0], codes),
                                                   _mm256_permutevar8x32_ps(held[1], codes), upper));
     }
+#elif defined(PINTPOT_NEON)
+    if (bits > 4) return 0;
+    float held[16] = {};
+    std::memcpy(held, entries, sizeof(float) << bits);
+    const uint8x16x4_t table = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(held));
+    for (; i + 4 <= count; i += 4) store(to + i, vqtbl4q_u8(table, bytes_of(vmovl_u16(vld1_u16(index + i)))));
 #else
     (void)entries, (void)bits, (void)index, (void)count, (void)to;
 #endif
