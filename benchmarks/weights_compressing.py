@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from benchmarks.weights_peers import measure_peer, peers
 from benchmarks.weights_subjects import Subject, language
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pintpot import reference
 from pintpot.core.errors import PintpotError
 from pintpot.core.expression import parse
 from pintpot.core.registry import techniques
@@ -59,7 +61,7 @@ LIKE = {
 
 
 def write_model(folder: Path) -> None:
-    """The dense model, float32."""
+    """The dense model, float32, with a tokenizer, which packages look for."""
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=1024,
@@ -71,6 +73,8 @@ def write_model(folder: Path) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(reference.path() / name, folder / name)
 
 
 def subject(folder: Path) -> Subject:
