@@ -4,8 +4,8 @@ Source:    Lin et al. 2023, "AWQ", arXiv:2306.00978, sec. 3.2 (scales ``s = magn
            ``a``), and the authors' search for the range of each group (clipping).
 Differs:   each layer has scales of its own, kept beside its weight, and is judged by its own output error on all
            calibration tokens; the authors fold one scale for all layers with the same input into what comes before
-           them, and judge by the output of the attention or the whole network part on a sample of tokens. Of more
-           than 512 outputs, the scales are judged on 512 to 1,023 that lie evenly apart.
+           them, and judge by the output of the attention or the whole network part on a sample of tokens. Of
+           1,024 outputs and more, the scales are judged on 512 to 1,023 that lie evenly apart.
 Saves:     weights, real: rtn's bytes and 2 I more a matrix. Finding the scales needs one block and 4 I^2 bytes a layer.
 Shapes:    weight (O, I); input scales (I,); codes (O, I) packed; scale and zero (O, N).
 Composes:  caches, activations, adapters on the frozen base; not with anything that needs dense weights.
