@@ -35,8 +35,9 @@ def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
 
 
 def distance_bytes(vectors: int, entries: int) -> int:
-    """Bytes of the distances that are held at a time for so many vectors and entries."""
-    return 4 * entries * min(vectors, _vectors_at_once(entries))
+    """Bytes of the distances that are held at a time for so many vectors and entries, and of what finds the least."""
+    together = math.gcd(entries, RUN)
+    return 4 * (entries + together + 2 * (entries // together)) * min(vectors, _vectors_at_once(entries))
 
 
 def _vectors_at_once(entries: int) -> int:
