@@ -5,18 +5,22 @@ for a Llama whose matrices are those of a 7B. AWQ and GPTQ, which look at activa
 billion parameters (the sides of Llama-3.2-3B), and rtn beside them. They read few random tokens: what is in memory
 while a block is compressed depends on its sides far more than on the tokens, and quality is not judged here; the
 rows say how many. Each method is stopped after ``--minutes``, and its row then says how far it came; with ``--folder``
-it goes on from there when run again. Compressing and loading each run in a process of their own; the limit is set by
-the operating system (``RLIMIT_AS``) before any import.
+it goes on from there when run again. With ``--kill-at 0.4 0.7`` it is killed at these shares of the source and started
+again, and the row has the largest peak of all its processes. Compressing and loading each run in a process of their
+own; the limit is set by the operating system (``RLIMIT_AS``) before any import.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,42 +132,51 @@ PARTS = {
 }
 
 
-def run(code: str, *arguments: object, seconds: float | None = None) -> dict[str, Any]:
-    """Run a snippet in a process of its own and read the JSON of its last whole line.
+def run(code: str, *arguments: object, seconds: float | None = None, share: float = math.inf) -> dict[str, Any]:
+    """Run a snippet in a process of its own and read the JSON of its last line.
 
     Args:
         code: the snippet.
         arguments: of its command line.
-        seconds: after which it is stopped; what it said until then counts.
+        seconds: after which it is killed; what it said until then counts.
+        share: killed as soon as it says that this much is ``done``.
 
     Returns:
         What it said, or nothing.
     """
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=said, stderr=errors, text=True)
-        try:
-            failed = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            failed = 0
-        for file in (said, errors):
-            file.seek(0)
-        if failed:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            stop = threading.Timer(seconds or threading.TIMEOUT_MAX, process.kill)
+            stop.start()
+            for line in filter(lambda line: line.startswith("{"), process.stdout or ()):
+                found = json.loads(line)
+                if found.get("done", 0) >= share:
+                    process.kill()
+            stop.cancel()
+        if process.returncode not in (0, -signal.SIGKILL):
+            errors.seek(0)
             raise SystemExit(errors.read()[-4000:])
-        whole = [line for line in said.read().splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")]
-    return json.loads(whole[-1]) if whole else {}
+    return found
 
 
-def compress(source: Path, out: Path, technique: str, part: Part, minutes: float) -> dict[str, Any]:
+def compress(source: Path, out: Path, technique: str, part: Part, minutes: float, kills: list[float]) -> dict[str, Any]:
     """Compress under the limit; the figures, for a row."""
     limit = round(part.limit_gib * 2**30)
-    found = run(COMPRESS, source, out, technique, limit, SAMPLES, TOKENS, seconds=minutes * 60)
-    if not found:
-        raise SystemExit(f"{technique} said nothing in {minutes} minutes: give it more")
-    print(f"{technique}: {found}", flush=True)
+    runs = []
+    for share in (*kills, math.inf):
+        found = run(COMPRESS, source, out, technique, limit, SAMPLES, TOKENS, seconds=minutes * 60, share=share)
+        if not found:
+            raise SystemExit(f"{technique} said nothing in {minutes} minutes: give it more")
+        print(f"{technique}: {found}", flush=True)
+        runs.append(found)
+    for peak in ("address_bytes", "resident_bytes"):
+        found[peak] = max(one[peak] for one in runs)
+    found["seconds"] = sum(one["seconds"] for one in runs)
     status = "done under the limit"
+    if kills:
+        status += f", killed at {', '.join(f'{share:.0%}' for share in kills)} of the source and resumed"
     if not found["output_bytes"]:
         status = f"stopped after {minutes:g} minutes with {found['done']:.1%} of the source done, under the limit"
     calibrated = technique.split("(")[0] != "rtn"
@@ -209,7 +222,7 @@ def _about(technique: str, source_bytes: int) -> dict[str, Any]:
     }
 
 
-def measure(part: Part, folder: Path, gib: float, minutes: float) -> None:
+def measure(part: Part, folder: Path, gib: float, minutes: float, kills: list[float]) -> None:
     """One model compressed by every technique of a part; the rows of each are written as soon as it is done."""
     source = folder / "dense"
     if not source.exists():
@@ -219,7 +232,7 @@ def measure(part: Part, folder: Path, gib: float, minutes: float) -> None:
         if out.exists():
             print(f"{out} is there already", flush=True)
             continue
-        row = compress(source, out, technique, part, minutes)
+        row = compress(source, out, technique, part, minutes, kills)
         rows = [row]
         if out.exists():
             rows += [load(out, how, technique, row["baseline_value"]) for how in ("pintpot", "transformers")]
@@ -232,11 +245,16 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PARTS), default=None, help="one part")
     parser.add_argument("--gib", type=float, default=6.0, help="size of the dense model")
     parser.add_argument("--minutes", type=float, default=90.0, help="most for each method")
+    parser.add_argument("--kill-at", type=float, nargs="*", default=[], help="shares at which it is killed and resumed")
+    parser.add_argument("--methods", nargs="*", default=[], help="only these")
     parser.add_argument("--folder", type=Path, default=None, help="keep the models there, and go on after a stop")
     options = parser.parse_args()
     for name in [options.only] if options.only else PARTS:
         with tempfile.TemporaryDirectory() as temporary:
-            measure(PARTS[name], (options.folder or Path(temporary)) / name, options.gib, options.minutes)
+            chosen = [t for t in PARTS[name].techniques if t.split("(")[0] in (options.methods or t)]
+            part = replace(PARTS[name], techniques=tuple(chosen))
+            folder = (options.folder or Path(temporary)) / name
+            measure(part, folder, options.gib, options.minutes, options.kill_at)
 
 
 if __name__ == "__main__":
