@@ -49,10 +49,12 @@ EXPLICIT = (
     "awq(bits=3, group_size=64, clip=False)",
     *(f"rtn(bits={bits}, group_size=16)" for bits in (4, 3, 2)),
     *(f"adadim(bits={bits}, group_size=16, base={base})" for bits in (4, 3, 2) for base in ("gptq", "rtn")),
+    *(f"gptq(bits={bits}, group_size={size}, clip=True)" for bits in (4, 3, 2) for size in (64, 48, 32, 16)),
+    *(f"adadim(bits={bits}, group_size={size}, clip=True)" for bits in (4, 3, 2) for size in (64, 48, 32, 16)),
 )
 """Further configurations: what is compared with its like among the peers, and what shows a part of a method.
 
-AdaDim has a choice only where both sides are whole groups: in the embedded model, of 16.
+AdaDim has a choice only where both sides are whole groups: in the embedded model, of 16; in the encoder, of 48 too.
 """
 
 USE = Generate(batch=1, prompt_tokens=512, new_tokens=64)

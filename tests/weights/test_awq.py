@@ -2,7 +2,7 @@
 
 import torch
 
-from pintpot.weights.awq import AWQ, best_ranges, best_scale
+from pintpot.weights.awq import AWQ, EXPONENTS, best_scale
 from pintpot.weights.formats import Grid, Scaled
 from pintpot.weights.statistics import InputStatistics
 
@@ -51,15 +51,18 @@ def test_scales_are_one_where_nothing_is_gained_and_best_of_the_grid_otherwise()
     assert float(seen(x).error(dense - chosen).sum()) <= min(errors.values()) * 1.001
 
 
-def test_a_single_outlier_of_a_group_is_cut():
-    dense = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    dense[:, 3] = 12.0
-    # The outlier's own input hardly ever is anything.
-    moments = torch.eye(32)
-    moments[3, 3] = 1e-4
-    low, high = best_ranges(dense, Grid(bits=3, group_size=32), moments, most_cut=0.6)
-    assert (high < 8).all()
-    assert low.shape == high.shape == (4, 1)
+def test_scales_judged_on_some_rows_are_nearly_the_best_for_all():
+    _, x = planted()
+    dense = torch.randn(1200, COLUMNS, generator=torch.Generator().manual_seed(2))
+    layout, statistics = Scaled(inner=Grid(bits=3, group_size=32)), seen(x)
+
+    def error(scale: torch.Tensor) -> float:
+        held = layout.decode(layout.encode_with(dense, scale), COLUMNS, torch.float32)
+        return float(statistics.error(dense - held).sum())
+
+    tried = [statistics.magnitude.pow(exponent).clamp(min=1e-4) for exponent in EXPONENTS]
+    least = min(error((scale.max() * scale.min()).sqrt() / scale) for scale in tried)
+    assert error(best_scale(dense, layout, statistics)) <= 1.03 * least
 
 
 def test_queries_and_keys_are_not_cut():

@@ -104,3 +104,15 @@ def test_inputs_that_are_always_zero_and_too_few_tokens():
     assert torch.isfinite(held).all()
     nothing = statistics(torch.zeros(3, COLUMNS))
     assert torch.isfinite(formats[0].decode(method.find("w", dense, formats, nothing)[0], COLUMNS, torch.float32)).all()
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_searched_ranges_lose_less_where_codes_are_few(static):
+    seen, dense = statistics(inputs()), weight()
+    errors = []
+    for clip in (False, True):
+        method = GPTQ(bits=2, group_size=32, activation_order=static, static_groups=static, clip=clip)
+        (grid,) = method.terms("w", ROWS, COLUMNS, torch.float32)
+        held = grid.decode(method.find("w", dense, (grid,), seen)[0], COLUMNS, torch.float32)
+        errors.append(float(seen.error(dense - held).sum()))
+    assert errors[1] < 0.8 * errors[0]

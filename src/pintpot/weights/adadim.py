@@ -33,6 +33,7 @@ from pintpot.weights.compensation import compensate_, inverse_factor
 from pintpot.weights.formats import Format, Grid, Tensors, Transposed
 from pintpot.weights.formats._base import prefixed
 from pintpot.weights.gptq import GPTQ
+from pintpot.weights.ranges import best_ranges
 from pintpot.weights.rtn import RTN
 from pintpot.weights.statistics import InputStatistics
 from pintpot.weights.targets import Target
@@ -79,6 +80,7 @@ class AdaDim(WeightMethod):
         group_size: channels that share a scale.
         base: ``"gptq"`` or ``"rtn"``: how the codes are found.
         symmetric: fix the zero in the middle and do not store it.
+        clip: search the range of each group, as gptq's, where the base is gptq.
     """
 
     calibrated: ClassVar[bool] = True
@@ -87,6 +89,7 @@ class AdaDim(WeightMethod):
     group_size: int = 128
     base: str = "gptq"
     symmetric: bool = False
+    clip: bool = False
 
     def __post_init__(self) -> None:
         Grid(bits=self.bits, group_size=self.group_size)
@@ -133,14 +136,16 @@ class AdaDim(WeightMethod):
         if inputs is None or self.base == "rtn" or len(formats) > 1:
             return super().find(name, weight, formats)
         if isinstance(layout, Grid):
-            return GPTQ(bits=layout.bits, group_size=layout.group_size).find(name, weight, formats, inputs)
+            base = GPTQ(bits=layout.bits, group_size=layout.group_size, clip=self.clip)
+            return base.find(name, weight, formats, inputs)
         if isinstance(layout, Transposed) and isinstance(layout.inner, Grid):
-            return (compensated_across(weight.float(), layout.inner, inputs.hessian),)
+            return (compensated_across(weight.float(), layout.inner, inputs.hessian, clip=self.clip),)
         return super().find(name, weight, formats)
 
     def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """The base's, or those of six matrices in 32 bits, by which the groupings are compared."""
-        base = (GPTQ if self.base == "gptq" else RTN)().finding_bytes(out_features, in_features, dtype)
+        method = GPTQ(clip=self.clip) if self.base == "gptq" else RTN()
+        base = method.finding_bytes(out_features, in_features, dtype)
         return max(base, 25 * out_features * in_features)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
@@ -158,7 +163,7 @@ def _across(grid: Format, out_features: int) -> Transposed:
     return Transposed(inner=grid, out_features_held=out_features)
 
 
-def compensated_across(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensors:
+def compensated_across(weight: Tensor, grid: Grid, hessian: Tensor, *, clip: bool = False) -> Tensors:
     """The stored tensors of a transposed grid, by compensation from one input channel to the next.
 
     The groups of a channel lie in one column of the weight, so that their scales fit the numbers that compensation
@@ -168,15 +173,18 @@ def compensated_across(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensors:
         weight: float32 (O, I).
         grid: of the transpose.
         hessian: mean of ``x x^T`` (I, I).
+        clip: search the range of each group; its numbers share an input, so that all count alike.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     codes = torch.empty(weight.t().shape, dtype=torch.uint8, device=weight.device)
     scale = torch.empty((weight.shape[1], grid.groups(weight.shape[0])), device=weight.device)
     zero = torch.empty_like(scale)
+    alike = torch.ones(weight.shape[0], device=weight.device)
 
     def round_columns(own: slice, numbers: Tensor) -> Tensor:
         row, place = numbers.t().contiguous(), order[own]
-        scale[place], zero[place] = step, middle = grid.fit(row)
+        step, middle = grid.settle(*best_ranges(row, grid, alike)) if clip else grid.fit(row)
+        scale[place], zero[place] = step, middle
         codes[place] = code = grid.round(row, step, middle)
         return grid.value(code, step, middle).t()
 

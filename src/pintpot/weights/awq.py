@@ -28,6 +28,7 @@ from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.weights._base import WeightMethod, risk_between
 from pintpot.weights.formats import Format, Grid, Scaled, Tensors
+from pintpot.weights.ranges import MOST_CUT, best_ranges
 from pintpot.weights.statistics import InputStatistics
 
 RISES = (
@@ -42,9 +43,8 @@ RISES = (
 )
 """Bits a weight and the relative rise of perplexity, of the embedded model in `results/weights.csv`."""
 
-SHARES = tuple(i / 20 for i in range(20))
-"""The exponents that are tried, and of the groups' ranges how much may be cut off, as far as ``most_cut``."""
-
+EXPONENTS = tuple(i / 20 for i in range(20))
+"""Of the inputs' magnitudes, those that are tried."""
 
 JUDGED = 512
 """Rows of a weight that its scales are judged on; each row is a rounding problem of its own."""
@@ -78,7 +78,7 @@ class AWQ(WeightMethod):
     bits: int = 4
     group_size: int = 128
     clip: bool = True
-    most_cut: float = 0.5
+    most_cut: float = MOST_CUT
 
     def __post_init__(self) -> None:
         Grid(bits=self.bits, group_size=self.group_size)
@@ -129,48 +129,14 @@ def best_scale(weight: Tensor, layout: Scaled, inputs: InputStatistics) -> Tenso
     """
     judged = weight[:: max(1, weight.shape[0] // JUDGED)]
     best, least = torch.ones_like(inputs.magnitude), torch.inf
-    for share in SHARES:
-        enlarged = inputs.magnitude.pow(share).clamp(min=1e-4)
+    for exponent in EXPONENTS:
+        enlarged = inputs.magnitude.pow(exponent).clamp(min=1e-4)
         scale = (enlarged.max() * enlarged.min()).sqrt() / enlarged
         rounded = layout.decode(layout.encode_with(judged, scale), judged.shape[1], torch.float32)
         error = float(inputs.error(judged - rounded).sum())
         if error < least:
             best, least = scale, error
     return best
-
-
-def best_ranges(weight: Tensor, grid: Grid, hessian: Tensor, most_cut: float) -> tuple[Tensor, Tensor]:
-    """The lower and upper end of each group, (O, N), with the least error of its part of the output.
-
-    Args:
-        weight: float32 (O, I).
-        grid: what it will be rounded to.
-        hessian: second moments (I, I) of the inputs.
-        most_cut: the largest share of the largest magnitude that is cut off.
-    """
-    columns, size = weight.shape[1], grid.group(weight.shape[1])
-    lows, highs = [], []
-    for start in range(0, columns, size):
-        part, moments = weight[:, start : start + size], hessian[start : start + size, start : start + size]
-        single = Grid(bits=grid.bits, group_size=-1, symmetric=grid.symmetric, scale_dtype=grid.scale_dtype)
-        largest = part.abs().amax(1, keepdim=True)
-        best = torch.full_like(largest, torch.inf)
-        low, high = torch.zeros_like(largest), torch.zeros_like(largest)
-        for share in SHARES:
-            if share > most_cut:
-                break
-            ends = largest * (1 - share)
-            bottom = part.amin(1, keepdim=True).clamp(max=0).maximum(-ends)
-            top = part.amax(1, keepdim=True).clamp(min=0).minimum(ends)
-            step, zero = single.settle(bottom, top)
-            difference = part - single.value(single.round(part, step, zero), step, zero)
-            error = ((difference @ moments) * difference).sum(1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            low, high = torch.where(better, bottom, low), torch.where(better, top, high)
-        lows.append(low)
-        highs.append(high)
-    return torch.cat(lows, 1), torch.cat(highs, 1)
 
 
 def _is_query_or_key(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 Source:    Frantar et al. 2022, "GPTQ", arXiv:2210.17323, algorithm 1.
 Differs:   scales are stored in 16 bits and used as stored; a factorisation that fails is tried again with more damping.
+           `clip`, off as in the paper, is the authors' `mse`, with errors weighted by the inputs' mean squares.
 Saves:     weights, real: as rtn, O * (packed_size(I) + 2 N + packed_size(N)) bytes a matrix. Finding the codes needs
            one block, the inputs' second moments (4 I^2 bytes a layer), and two copies of the largest.
 Shapes:    weight (O, I); H (I, I); codes (O, I) packed; scale and zero (O, N).
@@ -26,6 +27,7 @@ from pintpot.core.workload import Workload
 from pintpot.weights._base import WeightMethod, risk_between
 from pintpot.weights.compensation import compensate_, inverse_factor
 from pintpot.weights.formats import Format, Grid, Tensors
+from pintpot.weights.ranges import best_ranges, searching_bytes
 from pintpot.weights.statistics import InputStatistics
 
 RISES = (
@@ -66,6 +68,8 @@ class GPTQ(WeightMethod):
         activation_order: round the columns with the largest inputs first.
         static_groups: fix the scales of all groups before the first column is rounded; needed for an activation order,
             because a group's columns are then rounded at different times.
+        clip: search the range of each group for the least error, each input weighted by its mean square, instead of
+            reaching from its smallest to its largest number.
         damping: share of the mean diagonal of H that is added to it.
     """
 
@@ -75,6 +79,7 @@ class GPTQ(WeightMethod):
     symmetric: bool = False
     activation_order: bool = True
     static_groups: bool = True
+    clip: bool = False
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -102,16 +107,19 @@ class GPTQ(WeightMethod):
         if self.activation_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         weight = torch.where(hessian.diagonal() == 0, 0.0, weight)
-        scale, zero = grid.fit(weight)
+        moments = hessian.diagonal()
+        scale, zero = self._fit(weight, grid, moments)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         one = Grid(bits=grid.bits, group_size=-1, symmetric=grid.symmetric, scale_dtype=grid.scale_dtype)
 
-        def round_columns(own: slice, numbers: Tensor) -> Tensor:
-            place = int(order[own.start])
+        def round_columns(column: slice, numbers: Tensor) -> Tensor:
+            place = int(order[column.start])
             group = place // size
             if not static and place % size == 0:
                 # Columns of the group that were reached by compensation already, as they are now.
-                scale[:, group : group + 1], zero[:, group : group + 1] = one.fit(current[:, place : place + size])
+                own = slice(place, place + size)
+                fitted = self._fit(current[:, own], one, moments[own])
+                scale[:, group : group + 1], zero[:, group : group + 1] = fitted
             at = slice(group, group + 1)
             codes[:, place : place + 1] = code = one.round(numbers, scale[:, at], zero[:, at])
             return one.value(code, scale[:, at], zero[:, at])
@@ -121,9 +129,13 @@ class GPTQ(WeightMethod):
         compensate_(current, factor, round_columns)
         return grid.store(codes, scale, zero)
 
+    def _fit(self, weight: Tensor, grid: Grid, moments: Tensor) -> tuple[Tensor, Tensor]:
+        return grid.settle(*best_ranges(weight, grid, moments)) if self.clip else grid.fit(weight)
+
     def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """The weight three times in 32 bits and its codes; the Hessian, its factor, and another one's room."""
-        return 13 * out_features * in_features + 12 * in_features**2
+        searching = searching_bytes(out_features, in_features) if self.clip else 0
+        return 13 * out_features * in_features + 12 * in_features**2 + searching
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
