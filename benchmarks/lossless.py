@@ -21,10 +21,10 @@ from benchmarks.rows import append_rows, stamp
 from safetensors.torch import load_file
 from torch import Tensor
 
-import pintpot.weights  # noqa: F401  # what reads folders, and with it the compiled joining of planes
 from pintpot import reference
 from pintpot.core import byte_planes
-from pintpot.core.model_folder import DTYPE_NAMES, DTYPES
+from pintpot.core.model_folder import DTYPES
+from pintpot.weights.zipnn import ZipNN
 
 CASTS = (torch.float32, torch.bfloat16, torch.float16)
 TURNS = 15
@@ -35,7 +35,7 @@ Coded = list[object]
 
 
 def ours(tensors: Sequence[Tensor]) -> Coded:
-    return [b"".join(byte_planes.encode(tensor, DTYPE_NAMES[tensor.dtype])) for tensor in tensors]
+    return [b"".join(ZipNN().encode(tensor)) for tensor in tensors]
 
 
 def ours_back(coded: Coded) -> list[Tensor]:
@@ -45,10 +45,10 @@ def ours_back(coded: Coded) -> list[Tensor]:
 def peer() -> tuple[Callable[[Sequence[Tensor]], Coded], Callable[[Coded], list[Tensor]]] | None:
     """Storing and reading by zipnn, or None where it is not installed."""
     try:
-        from zipnn import ZipNN
+        from zipnn import ZipNN as Package
     except ImportError:
         return None
-    coder = ZipNN(input_format="torch", threads=1)
+    coder = Package(input_format="torch", threads=1)
     # It changes what it is given, so that it gets a copy, as ours makes one of its own.
     return (
         lambda tensors: [coder.compress(tensor.clone()) for tensor in tensors],

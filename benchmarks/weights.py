@@ -2,8 +2,9 @@
 
 Run with ``python -m benchmarks.weights``; writes ``results/weights.csv``, and ``results/weights.jsonl`` as it goes:
 run again it goes on where it stopped. ``weights_subjects`` says what is judged (the embedded language model's
-perplexity, an encoder's embeddings), ``weights_methods`` which configurations there are, ``weights_peers`` which
-packages stand beside them. Every method and peer that is calibrated reads the same texts.
+perplexity, an encoder's embeddings), ``weights_small`` adds tiny models of other kinds, ``weights_methods`` says which
+configurations there are, ``weights_peers`` which packages stand beside them. Every method and peer that is calibrated
+reads the same texts.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from benchmarks.weights_agreement import agreement
 from benchmarks.weights_methods import BASE, configurations, described, judged, measure
 from benchmarks.weights_peers import NOT_MEASURED, Peer, measure_peer, peers, prepare
 from benchmarks.weights_rows import DENSE, Measured, dense_rows, rows
+from benchmarks.weights_small import mamba, mobilevit, vit
 from benchmarks.weights_subjects import Subject, embeddings, language
 
 from pintpot.core.errors import PintpotError
 
-PARTS = ("language", "embeddings", "agreement")
+SUBJECTS = {"vit": vit, "mobilevit": mobilevit, "mamba": mamba}
+"""The small ones, by their parts."""
+
+PARTS = ("language", "embeddings", "agreement", *SUBJECTS)
 FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What a method or a package may fail with; the others are measured all the same, and it is said at the end."""
 
@@ -182,6 +187,9 @@ def main() -> None:
             keep(agreement(spoken), options.quick)
     if "embeddings" in parts:
         failed += compare(embeddings(options.texts, options.sentences, options.wheel), options)
+    for name, make in SUBJECTS.items():
+        if name in parts:
+            failed += compare(make(options.texts, options.blocks), options)
     if failed:
         print("\n".join(["what failed:", *failed]), flush=True)
         sys.exit(1)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import weights_methods
 from benchmarks.rows import append_rows, stamp
 from benchmarks.weights_methods import USE, described, measure
 from benchmarks.weights_peers import measure_peer, peers
@@ -98,8 +97,8 @@ def measure_one(config: str, folder: Path) -> dict[str, Any]:
         method = parse(config)[0]
         assert isinstance(method, WeightMethod)
         given = language(1, 1) if isinstance(method, TrainedMethod) else subject(folder)
-        weights_methods.TRAINING = TextSettings(tokens=256, batch=8, steps=STEPS)
-        found = measure(given, method) | {"described": described(method)}
+        training = TextSettings(tokens=256, batch=8, steps=STEPS)
+        found = measure(given, method, training) | {"described": described(method, training)}
     return found | {"numbers": given.numbers, "model": given.about["model"], "data": given.about["data"]}
 
 

@@ -49,7 +49,7 @@ EXPLICIT = (
     "awq(bits=3, group_size=64, clip=False)",
     *(f"rtn(bits={bits}, group_size=16)" for bits in (4, 3, 2)),
     *(f"adadim(bits={bits}, group_size=16, base={base})" for bits in (4, 3, 2) for base in ("gptq", "rtn")),
-    *(f"gptq(bits={bits}, group_size={size}, clip=True)" for bits in (4, 3, 2) for size in (64, 48, 32, 16)),
+    *(f"gptq(bits={bits}, group_size={size}, clip=True)" for bits in (4, 3, 2) for size in (128, 64, 48, 32, 16)),
     *(f"adadim(bits={bits}, group_size={size}, clip=True)" for bits in (4, 3, 2) for size in (64, 48, 32, 16)),
 )
 """Further configurations: what is compared with its like among the peers, and what shows a part of a method.
@@ -100,8 +100,13 @@ def _widths(kind: type[WeightMethod]) -> Iterator[WeightMethod]:
                     yield method
 
 
-def measure(subject: Subject, method: WeightMethod) -> dict[str, Any]:
+def measure(subject: Subject, method: WeightMethod, training: TextSettings = TRAINING) -> dict[str, Any]:
     """Compress a copy of the subject's model and judge it.
+
+    Args:
+        subject: whose model it is.
+        method: how.
+        training: of methods that are trained.
 
     Returns:
         ``parts`` of each metric, ``matrix_bytes``, ``folder_bytes``, ``seconds`` and ``peak_bytes`` of compressing
@@ -119,27 +124,27 @@ def measure(subject: Subject, method: WeightMethod) -> dict[str, Any]:
         begin = time.perf_counter()
         with ProcessMemory() as memory:
             if isinstance(method, TrainedMethod):
-                model = _trained(subject, method, folder)
+                model = _trained(subject, method, folder, training)
             else:
                 method.quantize_model_(model, subject.texts)
         seconds = time.perf_counter() - begin
     return judged(subject, model) | {"seconds": round(seconds, 3), "peak_bytes": memory.growth_bytes or 0}
 
 
-def described(method: WeightMethod) -> str:
+def described(method: WeightMethod, training: TextSettings = TRAINING) -> str:
     """The configuration in words: the method, and how long it is trained where it is."""
     if not isinstance(method, TrainedMethod):
         return str(method)
-    return f"{method}, trained {TRAINING.steps} steps of {TRAINING.batch} x {TRAINING.tokens} tokens"
+    return f"{method}, trained {training.steps} steps of {training.batch} x {training.tokens} tokens"
 
 
-def _trained(subject: Subject, method: TrainedMethod, folder: Path) -> PreTrainedModel:
+def _trained(subject: Subject, method: TrainedMethod, folder: Path, training: TextSettings) -> PreTrainedModel:
     if subject.part != "language":
         raise CompositionError(
             f"{method.name} is trained on the loss of a language model, which {subject.about['model']} is not",
             hint="measure it on the language model",
         )
-    compress(subject.folder, folder / "packed", techniques=[method], training=TRAINING)
+    compress(subject.folder, folder / "packed", techniques=[method], training=training)
     return load_compressed(folder / "packed")
 
 

@@ -30,6 +30,7 @@ from benchmarks.weights_methods import judged, tidy
 from benchmarks.weights_subjects import Subject, dense_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pintpot.ledger.process import ProcessMemory
 
@@ -42,6 +43,12 @@ COMPRESSOR_SETTINGS = {
     "awq": (("language",), ((4, 64), (4, 32), (3, 64), (3, 32), (2, 32))),
 }
 """Of each method of llm-compressor: the subjects, and bits with group sizes."""
+
+LINEAR = ("language", "embeddings", "vit", "mamba")
+"""Subjects all of whose matrices are of linear layers."""
+
+SMALL = ("vit", "mobilevit", "mamba")
+"""Subjects whose methods round what layers are given too."""
 
 NOT_MEASURED = {
     "GPTQModel 7.7": "needs torch 2.14.1, newer than this project's; llm-compressor stands for GPTQ",
@@ -61,29 +68,30 @@ class Peer:
     Attributes:
         name: of the package and its method, the name of its curve.
         config: how it is set.
-        run: gives the numbers of all changed parameters, and ``matrix_bytes``, ``seconds`` and ``peak_bytes``.
+        run: gives the numbers of all changed parameters, or the changed model, and ``matrix_bytes``, ``seconds`` and
+            ``peak_bytes``.
         missing: why it cannot be run here; empty where it can.
         parts: the subjects that it is for.
     """
 
     name: str
     config: str
-    run: Callable[[Subject], tuple[dict[str, Tensor], dict[str, Any]]] = field(compare=False)
+    run: Callable[[Subject], tuple[dict[str, Tensor] | PreTrainedModel, dict[str, Any]]] = field(compare=False)
     missing: str = ""
     parts: tuple[str, ...] = ("language", "embeddings")
 
 
 def peers() -> list[Peer]:
     """All of them."""
-    return [*_quanto(), *_hqq(), *_ggml(), *_torchao(), *_compressor()]
+    return [*_quanto(), *_quanto_inputs(), *_hqq(), *_ggml(), *_torchao(), *_compressor()]
 
 
 def measure_peer(subject: Subject, peer: Peer) -> dict[str, Any]:
     """As ``weights_methods.measure``, for a peer."""
     tidy()
-    state, figures = peer.run(subject)
-    model = copy.deepcopy(subject.model)
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    made, figures = peer.run(subject)
+    model = made if isinstance(made, PreTrainedModel) else copy.deepcopy(subject.model)
+    unknown = [] if isinstance(made, PreTrainedModel) else model.load_state_dict(made, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"{peer.config} gave parameters that the model does not have: {unknown[:3]}")
     found = judged(subject, model)
@@ -125,7 +133,30 @@ def _quanto() -> Iterator[Peer]:
             return packed.weight.dequantize(), _held(packed.weight.data)
 
         config = f"optimum-quanto, {bits} bits, default groups"
-        yield Peer("optimum-quanto", config, functools.partial(_here, quantize=quantize), _lacks("optimum.quanto"))
+        run = functools.partial(_here, quantize=quantize)
+        yield Peer("optimum-quanto", config, run, _lacks("optimum.quanto"), LINEAR)
+
+
+def _quanto_inputs() -> Iterator[Peer]:
+    for bits in (8, 4):
+
+        def run(subject: Subject, bits: int = bits) -> tuple[PreTrainedModel, dict[str, Any]]:
+            from optimum.quanto import Calibration, freeze, qint4, qint8, quantize
+
+            model, modules = copy.deepcopy(subject.model), [target.module for target in subject.targets]
+            begin = time.perf_counter()
+            with ProcessMemory() as memory:
+                quantize(model, weights={8: qint8, 4: qint4}[bits], activations=qint8, include=modules)
+                with Calibration(), torch.no_grad():
+                    for text in subject.texts:
+                        model(text) if isinstance(text, Tensor) else model(**text)
+                freeze(model)
+            size = sum(_held(model.get_submodule(module).weight.data) for module in modules)
+            seconds = round(time.perf_counter() - begin, 3)
+            return model, {"matrix_bytes": size, "seconds": seconds, "peak_bytes": memory.growth_bytes or 0}
+
+        config = f"optimum-quanto, {bits} bits, and inputs of 8"
+        yield Peer("optimum-quanto with inputs", config, run, _lacks("optimum.quanto"), SMALL)
 
 
 def _held(tensor: Tensor) -> int:
@@ -146,7 +177,7 @@ def _hqq() -> Iterator[Peer]:
             return packed.dequantize(), sum(t.nbytes for t in tensors)
 
         config = f"hqq, {bits} bits, groups of {group}"
-        yield Peer("hqq", config, functools.partial(_here, quantize=quantize), _lacks("hqq"))
+        yield Peer("hqq", config, functools.partial(_here, quantize=quantize), _lacks("hqq"), LINEAR)
 
 
 def _ggml() -> Iterator[Peer]:

@@ -84,11 +84,11 @@ class Subject:
     """A model that weight methods compress, and its judge.
 
     Attributes:
-        part: ``language`` or ``embeddings``.
+        part: ``language``, ``embeddings``, or the name of a small one.
         folder: the dense model's.
         model: dense, float32, in evaluation mode.
         targets: the matrices that are compressed.
-        texts: what methods are calibrated on, batches of token ids (B, T).
+        texts: what methods are calibrated on, batches of token ids (B, T) or of other inputs by their names.
         judge: the parts of each metric that a model gets.
         metrics: which there are.
         about: ``model``, ``data`` and ``context_tokens`` of the rows.
@@ -98,7 +98,7 @@ class Subject:
     folder: Path
     model: PreTrainedModel
     targets: tuple[Target, ...]
-    texts: list[Tensor]
+    texts: list[Any]
     judge: Callable[[PreTrainedModel], Parts]
     metrics: tuple[Metric, ...]
     about: dict[str, Any]
@@ -106,8 +106,9 @@ class Subject:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides figures beside the method, for the journal."""
-        tokens = torch.cat([text.flatten() for text in self.texts]).numpy().tobytes()
-        return {**self.about, "texts": hashlib.sha256(tokens).hexdigest()[:12]}
+        read = [text if isinstance(text, Tensor) else torch.cat(list(text.values())) for text in self.texts]
+        numbers = torch.cat([text.flatten() for text in read]).numpy().tobytes()
+        return {**self.about, "texts": hashlib.sha256(numbers).hexdigest()[:12]}
 
     @property
     def numbers(self) -> int:
@@ -186,7 +187,7 @@ def language(texts: int, blocks: int, folder: Path | None = None) -> Subject:
         judge,
         (Metric(PERPLEXITY, "perplexity", rises=False),),
         {
-            "model": f"{'pintpot-reference' if folder is None else folder.name} {_digest(used)}",
+            "model": f"{'pintpot-reference' if folder is None else folder.name} {digest(used)}",
             "data": f"held-out text, {blocks} blocks, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}",
             "context_tokens": CONTEXT_TOKENS,
         },
@@ -224,7 +225,7 @@ def embeddings(texts: int, count: int, wheel: Path | None = None) -> Subject:
         found = neighbours(made)
         kept = (found[:, :, None] == near[:, None, :]).any(-1).double().mean(1)
         cosines = (made * dense).sum(1)
-        return {COSINE: _folds(cosines), RECALL: _folds(kept)}
+        return {COSINE: folds(cosines), RECALL: folds(kept)}
 
     return Subject(
         "embeddings",
@@ -235,7 +236,7 @@ def embeddings(texts: int, count: int, wheel: Path | None = None) -> Subject:
         judge,
         (Metric(COSINE, "cosine", rises=True), Metric(RECALL, "fraction", rises=True)),
         {
-            "model": f"all-MiniLM-L6-v2 {_digest(folder)}",
+            "model": f"all-MiniLM-L6-v2 {digest(folder)}",
             "data": f"{len(said)} held-out docstrings, "
             f"sha256 {hashlib.sha256(chr(0).join(said).encode()).hexdigest()[:12]}",
             "context_tokens": SENTENCE_TOKENS,
@@ -295,9 +296,11 @@ def _texts(folder: Path, count: int) -> list[Tensor]:
     return calibration_texts(folder, GPTQ(), CalibrationSettings(samples=count, tokens=CONTEXT_TOKENS))
 
 
-def _digest(folder: Path) -> str:
+def digest(folder: Path) -> str:
+    """What a folder's weights are known by in the rows."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def _folds(numbers: Tensor) -> list[float]:
+def folds(numbers: Tensor) -> list[float]:
+    """Means of ``FOLDS`` parts of figures, each of every so many."""
     return [round(float(numbers[first::FOLDS].double().mean()), 7) for first in range(FOLDS)]

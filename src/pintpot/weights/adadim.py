@@ -28,26 +28,15 @@ from pintpot.core.ledger import Account
 from pintpot.core.shape import ModelShape
 from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
-from pintpot.weights._base import Evidence, Layout, WeightMethod, risk_between
+from pintpot.weights._base import Evidence, Layout, WeightMethod
 from pintpot.weights.compensation import compensate_, inverse_factor
 from pintpot.weights.formats import Format, Grid, Tensors, Transposed
 from pintpot.weights.formats._base import prefixed
-from pintpot.weights.gptq import GPTQ
+from pintpot.weights.gptq import GPTQ, MOST_CLIPPED_BITS, rise
 from pintpot.weights.ranges import best_ranges
 from pintpot.weights.rtn import RTN
 from pintpot.weights.statistics import InputStatistics
 from pintpot.weights.targets import Target
-
-RISES = (
-    (8.27, 0.0002),
-    (5.27, 0.0055),
-    (4.38, 0.0148),
-    (4.23, 0.0153),
-    (3.38, 0.075),
-    (3.27, 0.09),
-    (2.33, 0.89),
-)
-"""Bits a weight and the relative rise of perplexity, of the embedded model in `results/weights.csv`."""
 
 BASES = ("gptq", "rtn")
 
@@ -149,14 +138,14 @@ class AdaDim(WeightMethod):
         return max(base, 25 * out_features * in_features)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
-        """From bits a weight; large models lose less than the small one that it was measured on."""
-        return risk_between(RISES, self.bits_a_weight(shape))
+        """As gptq's, which it equals on the small model that both were measured on."""
+        return rise(self.bits_a_weight(shape), self.clip)
 
     @classmethod
     def options(cls, shape: ModelShape, workload: Workload) -> Iterable[AdaDim]:
         """From the safest to the smallest."""
         for bits, group_size in ((8, 128), (5, 128), (4, 64), (4, 128), (3, 64), (3, 128)):
-            yield cls(bits=bits, group_size=group_size)
+            yield cls(bits=bits, group_size=group_size, clip=bits <= MOST_CLIPPED_BITS)
 
 
 def _across(grid: Format, out_features: int) -> Transposed:

@@ -42,6 +42,22 @@ RISES = (
 )
 """Bits a weight and the relative rise of perplexity, of the embedded model in `results/weights.csv`."""
 
+CLIPPED_RISES = (
+    (4.65, 0.0064),
+    (4.38, 0.0127),
+    (4.23, 0.0157),
+    (3.64, 0.05),
+    (3.38, 0.066),
+    (3.27, 0.076),
+    (2.6, 0.46),
+    (2.33, 0.58),
+    (2.22, 0.66),
+)
+"""The same where ranges are searched."""
+
+MOST_CLIPPED_BITS = 4
+"""Width of codes up to which searched ranges are offered."""
+
 
 @technique(
     name="gptq",
@@ -139,10 +155,15 @@ class GPTQ(WeightMethod):
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""
-        return risk_between(RISES, self.bits_a_weight(shape))
+        return rise(self.bits_a_weight(shape), self.clip)
 
     @classmethod
     def options(cls, shape: ModelShape, workload: Workload) -> Iterable[GPTQ]:
-        """From the safest to the smallest."""
+        """From the safest to the smallest; with few bits ranges are worth their search."""
         for bits, group_size in ((8, 128), (5, 128), (4, 64), (4, 128), (3, 32), (3, 64), (2, 32)):
-            yield cls(bits=bits, group_size=group_size)
+            yield cls(bits=bits, group_size=group_size, clip=bits <= MOST_CLIPPED_BITS)
+
+
+def rise(bits: float, clip: bool) -> float:
+    """The relative rise of perplexity that is reckoned with at so many bits a weight."""
+    return risk_between(CLIPPED_RISES if clip else RISES, bits)

@@ -182,7 +182,8 @@ def compress_folder(
 
     Peak memory is the largest parameter (twice, where the checkpoint stores it in parts) with its packed form and
     16 MiB; with a calibrated method what is outside the blocks, one block with the statistics of its inputs, and the
-    hidden states of the texts. Killed, it goes on where it stopped when called again with the same arguments.
+    hidden states of the texts; such a method also has the C allocator map large tensors by themselves, for the rest of
+    the process. Killed, it goes on where it stopped when called again with the same arguments.
 
     Args:
         source: a dense model folder.
