@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from pintpot.core.files import new_folder, refuse_existing, require_disk, write_atomic
 from pintpot.core.model_folder import open_model
@@ -117,12 +118,7 @@ def compress_by_training(
     refuse_compressed(opened)
     method.check(opened.shape())
     tokenizer = load_tokenizer(folder)
-    if data is None:
-        documents = default_documents(DEFAULT_CHARACTERS, seed)
-        parts = split(documents, settings.validation_fraction, seed)
-    else:
-        parts = read_parts(data, settings, seed)
-    text: Text = encode_parts(parts, tokenizer, settings)
+    text = _text(data, tokenizer, settings, seed)
     require_range(folder, text, settings.tokens)
     require_disk(target, 4 * (opened.shape().numel + STATE_COPIES * method.trained_numel(opened.shape())))
     with new_folder(target, resume=True) as partial, no_progress_bars():
@@ -164,3 +160,10 @@ def compress_by_training(
         write_atomic(partial / RECORD, json.dumps(record, indent=1))
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return part
+
+
+def _text(data: str | Path | None, tokenizer: PreTrainedTokenizerBase, settings: TextSettings, seed: int) -> Text:
+    if data is not None:
+        return encode_parts(read_parts(data, settings, seed), tokenizer, settings)
+    documents = default_documents(DEFAULT_CHARACTERS, seed)
+    return encode_parts(split(documents, settings.validation_fraction, seed), tokenizer, settings)
