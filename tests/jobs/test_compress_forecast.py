@@ -92,12 +92,13 @@ def test_in_memory_the_model_stands_beside_what_a_folder_takes(name, folder, tex
     assert LEAST <= ratio(foreseen, run.ledger.peak_bytes()) <= MOST
 
 
+@pytest.mark.parametrize("name", ["loraprune", "onebit"])
 @pytest.mark.parametrize(("tokens", "batch"), [(32, 1), (64, 2)])
-def test_a_trained_method_takes_what_training_takes(tokens, batch, folder, text, tmp_path: Path):
-    method = method_of("onebit")
+def test_a_trained_method_takes_what_training_takes(name, tokens, batch, folder, text, tmp_path: Path):
+    method = method_of(name)
     training = TextSettings(tokens=tokens, batch=batch, steps=2)
     with measure() as run:
-        compress(
+        done = compress(
             folder,
             tmp_path / "out",
             techniques=[method],
@@ -106,3 +107,4 @@ def test_a_trained_method_takes_what_training_takes(tokens, batch, folder, text,
         )
     predicted = simulate(shape_of(folder), Compress(batch=batch, tokens=tokens), [method])
     assert LEAST <= ratio(predicted.peak_bytes(), run.ledger.peak_bytes()) <= MOST
+    assert predicted.peak_bytes(Tier.DISK) == done.output_bytes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from pintpot.core.errors import BudgetError, CompositionError, ModelFolderError, PlanError
+from pintpot.core.errors import BudgetError, CompositionError, ModelFolderError, PlanError, UnsupportedModel
 from pintpot.core.expression import expression
 from pintpot.core.ledger import Tier
 from pintpot.core.registry import techniques
@@ -83,6 +83,15 @@ def test_compressing_chooses_a_weights_technique():
     made = plan(WIDE, Compress())
     assert [t.facts.slot for t in made.techniques] == ["weights"]
     assert made.forecast is None
+
+
+def test_what_cannot_be_pruned_is_not_offered_and_refused_when_asked_for():
+    shape = ModelShape.from_config(tiny_config("gpt2"))
+    rejected = {entry.technique: entry.reason for entry in plan(shape, Compress()).rejected}
+    assert "no linear layer transformer.h.0" in rejected["loraprune"]
+    with pytest.raises(UnsupportedModel, match="no linear layer"):
+        plan(shape, Compress(), techniques="loraprune")
+    assert plan(WIDE, Compress(), techniques="loraprune").predicted.peak_bytes() > WIDE.weight_bytes
 
 
 def test_forced_techniques_are_used_whether_they_fit_or_not():

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pintpot.weights.blast import BLaST, GrowingSparse
+from pintpot.weights.by_training import follow_
 from pintpot.weights.formats import Sparse
 from pintpot.weights.modules import CompressedLinear
-from pintpot.weights.trained import follow_
 from tests.architectures import tiny_model
 
 LAYOUT = Sparse(kept_fraction=0.25, block_rows=4, block_columns=4, balanced=False)

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StableLmConfig
 
 from pintpot.core.errors import CompositionError, DataError, UnsupportedModel
 from pintpot.core.ledger import Account, Ledger, Moment
 from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Generate
-from pintpot.weights.loraprune import AdaptedLinear, LoRAPrune
+from pintpot.weights.by_training import follow_, observe_
+from pintpot.weights.loraprune import AdaptedLinear, LoRAPrune, Units
 from tests.architectures import tiny_config, tiny_model
 
 IDS = torch.randint(3, 256, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -43,7 +44,7 @@ def test_heads_and_channels_without_effect_go_first():
             layer.mlp.up_proj.weight[dead] = 0
     dense = copy.deepcopy(model)
     method = LoRAPrune(kept_fraction=0.5, learning_rate=0.0, every=1)
-    units = method._adapt_(model)
+    units = list(method.prepare_(model).units.values())
     model(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         for parameter in (p for n, p in model.named_parameters() if n.endswith(".second")):
@@ -71,7 +72,8 @@ def test_what_is_left_is_an_ordinary_smaller_model(architecture, tmp_path):
     method.prune_(model, [IDS] * 4)
     assert model.config.num_key_value_heads == 1
     assert model.config.intermediate_size == 64
-    assert {type(m) for m in model.modules()} & {AdaptedLinear} == set()
+    assert {type(m) for m in model.modules()} & {AdaptedLinear, Units} == set()
+    assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         logits = model(IDS).logits
         model.save_pretrained(tmp_path / "pruned")
@@ -105,16 +107,30 @@ def test_pruning_while_training_beats_pruning_in_one_go():
 
 def test_the_share_rises_with_the_cube_of_what_is_left():
     method = LoRAPrune(kept_fraction=0.5, warmup=0.1, cooldown=0.1)
-    kept = [method._kept_at(step, 100, 128) for step in range(0, 101, 10)]
+    kept = [method.kept_at(step / 100, 128) for step in range(0, 101, 10)]
     assert kept[:2] == [128, 128]
     assert kept[5] == 128 - int(64 * (1 - 0.5**3))
     assert kept[9:] == [64, 64]
+
+
+def test_all_is_gone_before_the_cooldown_however_few_the_steps():
+    model = tiny_model("llama")
+    units = list(LoRAPrune(every=1000, cooldown=0.5).prepare_(model).units.values())
+    for progress, share in ((0.4, 1.0), (0.5, 0.5), (0.9, 0.5)):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        observe_(model)
+        model.zero_grad()
+        follow_(model, progress)
+        assert [int(own.kept.sum()) for own in units] == [share * own.count for own in units]
 
 
 def test_refusals():
     for name in ("gpt2", "phi", "mixtral"):
         with pytest.raises(UnsupportedModel, match=r"loraprune: .* has no linear layer"):
             LoRAPrune().prune_(tiny_model(name), [IDS])
+    partial = StableLmConfig(**{**vars(tiny_config("llama")), "model_type": "stablelm"})
+    with pytest.raises(UnsupportedModel, match=r"stablelm does not settle the size of model.layers.0.self_attn.q_proj"):
+        LoRAPrune().prune_(ModelShape.from_config(partial).build("cpu"), [IDS])
     with pytest.raises(DataError, match="there is none"):
         LoRAPrune().prune_(tiny_model("llama"), [])
     with pytest.raises(CompositionError, match="cannot keep"):

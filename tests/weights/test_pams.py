@@ -8,11 +8,12 @@ from torch.nn import functional
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
 from pintpot.weights import compress_folder, load_compressed
+from pintpot.weights.by_training import follow_
 from pintpot.weights.formats import Grid, StaticInput
 from pintpot.weights.modules import CompressedConv2d
 from pintpot.weights.pams import DECAY, PAMS, SCALE_RATE, MaxScale, map_of
 from pintpot.weights.rtn import RTN
-from pintpot.weights.trained import follow_, stand_ins
+from pintpot.weights.trained import stand_ins
 
 LAYOUT = StaticInput(inner=Grid(bits=4, group_size=-1, symmetric=True), bits=4)
 

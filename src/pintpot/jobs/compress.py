@@ -29,12 +29,16 @@ from pintpot.jobs.train_packed import TrainedPart, compress_by_training
 from pintpot.weights import CompressionReport, WeightMethod
 from pintpot.weights._base import Layout
 from pintpot.weights.allocation import Sized
+from pintpot.weights.by_training import ByTraining
 from pintpot.weights.forecast import layout_of, packed_change
 from pintpot.weights.storage import StorageMethod
 from pintpot.weights.streaming import plan_compression, write_compressed
 from pintpot.weights.trained import TrainedMethod
 
 JOB = "compress"
+
+Method = WeightMethod | StorageMethod | ByTraining[Any]
+"""What a model can be compressed by."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Compressed:
     """
 
     folder: Path
-    method: WeightMethod | StorageMethod
+    method: Method
     report: CompressionReport
     source_bytes: int
     output_bytes: int
@@ -131,7 +135,7 @@ def compress(
         with progress_bar(progress, f"storing {folder.name}") as step:
             report = method.store_folder(folder, out, progress=step, check_disk=check_disk)
         return Compressed(Path(out), method, report, report.dense_bytes, report.packed_bytes, time.monotonic() - start)
-    if isinstance(method, TrainedMethod):
+    if isinstance(method, ByTraining):
         if limit is not None:
             raise CompositionError(f"{method.name} has one size for a model", hint="leave out --size")
         settings, data = training or TextSettings(), (calibration or CalibrationSettings()).data
@@ -196,7 +200,7 @@ def _configurations(kind: type[Technique], shape: ModelShape) -> Iterable[Weight
     return (option for option in kind.options(shape, Compress()) if isinstance(option, WeightMethod))
 
 
-def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> WeightMethod | StorageMethod:
+def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> Method:
     if techniques is not None and plan is not None:
         raise CompositionError("both techniques and a plan were given", hint="give one of them")
     if plan is not None:
@@ -206,7 +210,7 @@ def _method(techniques: str | Sequence[Technique] | None, plan: Plan | None) -> 
     else:
         chosen = techniques or ()
     check(chosen, JOB)
-    methods = [technique for technique in chosen if isinstance(technique, WeightMethod | StorageMethod)]
+    methods = [technique for technique in chosen if isinstance(technique, WeightMethod | StorageMethod | ByTraining)]
     if len(methods) != 1 or len(chosen) != 1:
         names = ", ".join(t.name for t in chosen) or "none"
         raise CompositionError(

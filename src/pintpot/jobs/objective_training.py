@@ -23,6 +23,7 @@ def train_objective(
     run: dict[str, Any],
     checkpoints: Path,
     validate: Callable[[], float | None],
+    observe: Callable[[], None] = lambda: None,
     follow: Callable[[float], None] = lambda progress: None,
     progress: bool,
 ) -> TrainResult:
@@ -36,6 +37,7 @@ def train_objective(
         run: identifies the run, with its ``seed``; checkpoints of another one are refused.
         checkpoints: the folder for them; the same call goes on from the last.
         validate: the held-out loss of what is trained, or None.
+        observe: told before each update, when the gradients are complete and clipped.
         follow: told after each update which share of them is done.
         progress: show it.
     """
@@ -43,10 +45,12 @@ def train_objective(
     steps = len(batches) // settings.accumulate
     rate = learning_rate if settings.learning_rate is None else settings.learning_rate
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=settings.weight_decay)
+    optimizer.register_step_pre_hook(lambda *_: observe())
     return train(
         module,
         batches,
-        torch.optim.AdamW(wanted, lr=rate, weight_decay=settings.weight_decay),
+        optimizer,
         warmup_stable_decay(warmup=max(1, steps // 100), decay=steps, steps=steps),
         TrainSettings(
             accumulate=settings.accumulate,

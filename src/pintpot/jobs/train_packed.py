@@ -1,4 +1,4 @@
-"""Compressing by training: the weights' stand-ins learn on text, and what they learnt is packed."""
+"""Compressing by training: what a method puts into the model learns on text, and what was learnt is made the result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from pintpot.core.files import new_folder, refuse_existing, require_disk, write_atomic
 from pintpot.core.model_folder import open_model
@@ -21,13 +22,14 @@ from pintpot.jobs.text import Text, TextSettings, encode_parts, read_parts, requ
 from pintpot.jobs.text_training import CHECKPOINTS, held_out_loss
 from pintpot.jobs.training import TrainResult
 from pintpot.weights import CompressionReport
-from pintpot.weights.trained import TrainedMethod, follow_, stand_ins
+from pintpot.weights.by_training import ByTraining, follow_, followers, observe_
+from pintpot.weights.load import refuse_compressed
 
 RECORD = "training.json"
 """The curve, in the folder that is written."""
 
-STATE_COPIES = 8
-"""How often the weights fit into what a training run writes: checkpoints with AdamW's moments, and the result."""
+STATE_COPIES = 7
+"""How often what is trained fits into the checkpoints of a run, with AdamW's moments."""
 
 DEFAULT_CHARACTERS = 4_000_000
 """So much of the text that comes with Python is read where no data is given."""
@@ -42,8 +44,8 @@ class TrainedPart:
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors of the output.
         loss_source: nats per token of held-out text; None when nothing is held out.
-        loss_before: of the stand-ins before training.
-        loss_after: of the packed model.
+        loss_before: of what is trained, before training.
+        loss_after: of the result.
         training: the curve.
     """
 
@@ -71,7 +73,7 @@ class TrainedPart:
 
 
 class _Penalised(nn.Module):
-    """What is trained, a model or a method's objective on it, with the penalties of the stand-ins in the loss."""
+    """What is trained, a model or a method's objective on it, with the penalties of its parts in the loss."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class _Penalised(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool = False) -> Any:
         """The result of the module."""
         result = self.module(input_ids=input_ids, labels=labels, use_cache=use_cache)
-        for penalty in (stand_in.penalty() for stand_in in stand_ins(self.module)):
+        for penalty in (part.penalty() for part in followers(self.module)):
             if penalty is not None:
                 result.loss = result.loss + penalty
         return result
@@ -89,14 +91,14 @@ class _Penalised(nn.Module):
 def compress_by_training(
     folder: Path,
     out: str | Path,
-    method: TrainedMethod,
+    method: ByTraining[Any],
     data: str | Path | None,
     settings: TextSettings,
     *,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainedPart:
-    """Train a model's packed weights on text and write the packed folder; the same call resumes after a stop.
+    """Train a model by a method on text and write what comes; the same call resumes after a stop.
 
     Args:
         folder: the dense model; held in float32 while it is trained, and once more where the method has a teacher.
@@ -113,23 +115,20 @@ def compress_by_training(
     """
     target = refuse_existing(out)
     opened = open_model(folder)
+    refuse_compressed(opened)
+    method.check(opened.shape())
     tokenizer = load_tokenizer(folder)
-    if data is None:
-        documents = default_documents(DEFAULT_CHARACTERS, seed)
-        parts = split(documents, settings.validation_fraction, seed)
-    else:
-        parts = read_parts(data, settings, seed)
-    text: Text = encode_parts(parts, tokenizer, settings)
+    text = _text(data, tokenizer, settings, seed)
     require_range(folder, text, settings.tokens)
-    require_disk(target, opened.shape(torch.float32).weight_bytes * STATE_COPIES)
+    require_disk(target, 4 * (opened.shape().numel + STATE_COPIES * method.trained_numel(opened.shape())))
     with new_folder(target, resume=True) as partial, no_progress_bars():
         seed_everything(seed)
         model = load(folder, torch.float32)
         source_loss = held_out_loss(model, text.held_out, settings)
         skeleton = opened.shape().build("meta")
-        layout = method.prepare_(model)
+        prepared = method.prepare_(model)
         before = held_out_loss(model, text.held_out, settings)
-        objective = method.objective(model, load(folder, torch.float32))
+        objective = method.objective(model, load(folder, torch.float32)) if method.taught else None
         training = train_objective(
             _Penalised(model if objective is None else objective),
             text,
@@ -138,10 +137,11 @@ def compress_by_training(
             run={"technique": str(method), "model": opened.shape().fingerprint, "seed": seed},
             checkpoints=partial / CHECKPOINTS,
             validate=lambda: held_out_loss(model, text.held_out, settings),
+            observe=lambda: observe_(model),
             follow=lambda progress: follow_(model, progress),
             progress=progress,
         )
-        report = method.finish_(model.eval(), layout, skeleton)
+        report = method.finish_(model.eval(), prepared, skeleton)
         after = held_out_loss(model, text.held_out, settings)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(opened.dtype)
@@ -160,3 +160,10 @@ def compress_by_training(
         write_atomic(partial / RECORD, json.dumps(record, indent=1))
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return part
+
+
+def _text(data: str | Path | None, tokenizer: PreTrainedTokenizerBase, settings: TextSettings, seed: int) -> Text:
+    if data is not None:
+        return encode_parts(read_parts(data, settings, seed), tokenizer, settings)
+    documents = default_documents(DEFAULT_CHARACTERS, seed)
+    return encode_parts(split(documents, settings.validation_fraction, seed), tokenizer, settings)

@@ -7,9 +7,9 @@ Source:    Zhang et al. 2023, "LoRAPrune", arXiv:2305.18403, and the authors' co
 Differs:   the first tenth of the layers and the last are pruned like the others, because a transformers configuration
            has one number of heads and of channels for all. Where queries share keys and values, what is taken out is a
            head of keys and values with its queries. Adapters are on all seven layers of a block.
-Saves:     weights, real: the pruned model is an ordinary smaller one. Pruning takes the dense model, its activations in
-           training, and 16 bytes for each number of the adapters; no gradient of a weight is held, but one layer's
-           product of the adapters at a time.
+Saves:     weights, real: the pruned model is an ordinary smaller one. Pruning takes the dense model in 32 bits, its
+           activations in training, and 16 bytes for each number of the adapters; no gradient of a weight is held, but
+           one layer's product of the adapters at a time.
 Shapes:    weight (O, I); A (r, I), B (O, r); importance (heads of keys and values,) and (channels,).
 Composes:  everything, as what comes out is a dense model.
 Use when:  plain smaller matrices are wanted, and there is text to train on.
@@ -19,8 +19,9 @@ Not when:  there is none, or a grid is small enough: it loses far less for the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +29,28 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pintpot.core.errors import CompositionError, DataError, UnsupportedModel
-from pintpot.core.ledger import Account, Ledger
-from pintpot.core.shape import ModelShape, block_names
-from pintpot.core.technique import Claim, Source, Technique, technique
-from pintpot.core.workload import Workload
-from pintpot.weights._base import Texts, risk_between
+from pintpot.core.ledger import Account, Ledger, Moment, Tier
+from pintpot.core.shape import ModelShape
+from pintpot.core.technique import Claim, Source, technique
+from pintpot.core.workload import Compress, Workload
+from pintpot.weights._base import CompressionReport, Texts, risk_between
+from pintpot.weights.by_training import ByTraining, Follower, follow_, observe_
+from pintpot.weights.forecast import kept_bytes, targets_of
 from pintpot.weights.gradients import loss_on
+from pintpot.weights.targets import Target, find_targets
 
 RISES = ((0.9, 0.04), (0.8, 0.1), (0.7, 0.35), (0.5, 1.6))
 """Share of heads and channels that is kept, and the relative rise of perplexity after training."""
 
-INTO = {
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-}
-"""Layers whose out-features are pruned."""
-OUT = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+INTO = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+"""Layers of each part of a block whose out-features are pruned."""
+OUT = {"self_attn": "o_proj", "mlp": "down_proj"}
 """The layer after them, whose in-features go with those."""
+COUNTS = {"self_attn": "num_key_value_heads", "mlp": "intermediate_size"}
+"""What the configuration calls the number of what is taken out."""
+LAYERS = tuple(f"{part}.{layer}" for part in INTO for layer in (*INTO[part], OUT[part]))
+"""All of them, by their names in a block."""
+HINT = "give a dense model of the Llama family: Llama, Mistral, Qwen, Gemma"
 
 
 class AdaptedLinear(nn.Module):
@@ -85,41 +91,51 @@ class AdaptedLinear(nn.Module):
         return (gradient * self.weight()).abs_()
 
 
-@dataclass
-class _Units:
+class Units(Follower):
     """Heads of keys and values, or channels, of one block: what is taken out together.
 
-    Attributes:
+    Args:
         into: the layers whose out-features they are.
         out: the layer whose in-features they are.
         count: how many there are.
-        average: of their importance.
-        kept: bool, those that are left.
+        method: says when how many are kept.
     """
 
-    into: tuple[AdaptedLinear, ...]
-    out: AdaptedLinear
-    count: int
-    average: Tensor = field(init=False)
-    kept: Tensor = field(init=False)
+    average: Tensor
+    kept: Tensor
+    updates: Tensor
 
-    def __post_init__(self) -> None:
-        self.average = torch.zeros(self.count, device=self.out.mask.device)
-        self.kept = torch.ones(self.count, dtype=torch.bool, device=self.out.mask.device)
+    def __init__(self, into: Sequence[AdaptedLinear], out: AdaptedLinear, count: int, method: LoRAPrune) -> None:
+        super().__init__()
+        # In a tuple, because they are parts of the block and not of this module.
+        self.layers = (*into, out)
+        self.count, self.method = count, method
+        device = out.mask.device
+        self.register_buffer("average", torch.zeros(count, device=device))
+        self.register_buffer("kept", torch.ones(count, dtype=torch.bool, device=device))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def observe_(self) -> None:
-        """Take in the importance that the last gradients give."""
-        parts = [layer.importance() for layer in self.into] + [self.out.importance().t()]
-        sums = [part.reshape(self.count, -1).sum(1) for part in parts]
+        """Take in the importance that the gradients give."""
+        *into, out = self.layers
+        sums = [layer.importance().reshape(self.count, -1).sum(1) for layer in into]
+        sums.append(out.importance().reshape(len(out.mask), self.count, -1).sum((0, 2)))
         now = torch.stack([total / (total.norm() + 1e-8) for total in sums]).sum(0)
         self.average.mul_(0.9).add_(now, alpha=0.1)
+        self.updates += 1
 
+    def follow_(self, progress: float) -> None:
+        """Prune when it is due; once the schedule is through, all that goes is gone."""
+        if int(self.updates) % self.method.every == 0 or progress >= 1 - self.method.cooldown:
+            self.prune_(self.method.kept_at(progress, self.count))
+
+    @torch.no_grad()
     def prune_(self, kept: int) -> None:
         """Leave so many of the most important; what is gone stays gone."""
         score = self.average.masked_fill(~self.kept, -1.0)
         self.kept.zero_()[score.argsort(descending=True, stable=True)[:kept]] = True
-        for layer in self.into:
+        for layer in self.layers[:-1]:
             layer.mask.copy_(self.spread(len(layer.mask)))
 
     def spread(self, features: int) -> Tensor:
@@ -127,12 +143,25 @@ class _Units:
         return self.kept.repeat_interleave(features // self.count)
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What became of a model.
+
+    Attributes:
+        units: what can be taken out of each part of a block, by the part's name.
+        frozen: the parameters that could be trained before and are not now.
+    """
+
+    units: Mapping[str, Units]
+    frozen: tuple[nn.Parameter, ...]
+
+
 @technique(
     name="loraprune",
     wing="weights",
     source=Source("LoRAPrune: Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", 2023, "2305.18403"),
     accounts=[Account.WEIGHTS],
-    jobs=(),
+    jobs=["compress"],
     claims=[
         Claim("WikiText2 perplexity, lower by", 8.0, versus="LLM-Pruner", at="LLaMA, half pruned", where="abstract"),
         Claim("memory of pruning, less by %", 52.6, versus="LLM-Pruner", at="LLaMA, half pruned", where="abstract"),
@@ -140,7 +169,7 @@ class _Units:
     fidelity="every layer is pruned alike; heads of keys and values go with their queries",
 )
 @dataclass(frozen=True, kw_only=True)
-class LoRAPrune(Technique):
+class LoRAPrune(ByTraining[Adapted]):
     """Heads and channels by importance, taken out while adapters are trained.
 
     Attributes:
@@ -177,6 +206,79 @@ class LoRAPrune(Technique):
         """How many of so many are kept."""
         return max(1, int(self.kept_fraction * units + 0.5))
 
+    def kept_at(self, progress: float, units: int) -> int:
+        """How many of so many are left when this share of the training is done."""
+        end = 1 - self.cooldown
+        done = min(1.0, max(0.0, (progress - self.warmup) / (end - self.warmup)))
+        return units - int((units - self.kept(units)) * (1 - (1 - done) ** 3) + 1e-6)
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse a model whose blocks are not those of Llama, or whose configuration does not settle their sizes."""
+        config, found = shape.config, _layers(shape)
+        for name in (f"{t.block}.{layer}" for t in targets_of(shape) for layer in LAYERS):
+            if name not in found:
+                raise UnsupportedModel(f"loraprune: {config.model_type} has no linear layer {name}", hint=HINT)
+        counts: dict[str, Any] = {part: getattr(config, name, None) for part, name in COUNTS.items()}
+        smaller = _layers(self.pruned_shape(shape)) if all(isinstance(n, int) for n in counts.values()) else {}
+        for name, target in found.items():
+            count = counts[name.split(".")[-2]]
+            if not smaller or smaller[name].numel * count != target.numel * self.kept(count):
+                raise UnsupportedModel(
+                    f"loraprune: the configuration of {config.model_type} does not settle the size of {name}", hint=HINT
+                )
+
+    def prepare_(self, model: PreTrainedModel, texts: Texts = ()) -> Adapted:
+        """Adapters in the place of every block's layers, and the heads and channels of each block.
+
+        Raises:
+            UnsupportedModel: naming the first layer that is not as it should be.
+        """
+        self.check(ModelShape.from_config(model.config, model.dtype))
+        frozen = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+        generator = torch.Generator().manual_seed(self.seed)
+        units = {}
+        for block in dict.fromkeys(target.block for target in find_targets(model)[0]):
+            for part in INTO:
+                *into, out = (
+                    self._adapter_(model, f"{block}.{part}.{layer}", generator) for layer in (*INTO[part], OUT[part])
+                )
+                own = Units(into, out, getattr(model.config, COUNTS[part]), self)
+                model.get_submodule(f"{block}.{part}").add_module("units", own)
+                units[f"{block}.{part}"] = own
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return Adapted(units, frozen)
+
+    def _adapter_(self, model: nn.Module, name: str, generator: torch.Generator) -> AdaptedLinear:
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        new = AdaptedLinear(old, self.rank, self.alpha / self.rank, generator)
+        model.set_submodule(name, new)
+        return new
+
+    @torch.no_grad()
+    def finish_(self, model: PreTrainedModel, prepared: Adapted, skeleton: nn.Module) -> CompressionReport:
+        """Ordinary layers of what is left."""
+        for parameter in prepared.frozen:
+            parameter.requires_grad_(True)
+        for part, own in prepared.units.items():
+            kind = part.rpartition(".")[2]
+            *into, out = own.layers
+            for name, layer in zip(INTO[kind], into, strict=True):
+                _place_(model, f"{part}.{name}", layer, own.spread(len(layer.mask)), None)
+            _place_(model, f"{part}.{OUT[kind]}", out, None, own.spread(out.base.in_features))
+            del model.get_submodule(part).units
+        for name, size in self._sizes(model.config).items():
+            setattr(model.config, name, size)
+        targets, dense = find_targets(skeleton)
+        pruned = [t for t in targets if t.module.removeprefix(f"{t.block}.") in LAYERS]
+        return CompressionReport(
+            compressed=tuple(t.parameter for t in pruned),
+            left_dense=(*dense, *((t.parameter, "no heads or channels") for t in targets if t not in pruned)),
+            dense_bytes=sum(t.numel * t.dtype.itemsize for t in pruned),
+            packed_bytes=sum(model.get_parameter(t.parameter).numel() * t.dtype.itemsize for t in pruned),
+        )
+
     def prune_(self, model: PreTrainedModel, texts: Texts, epochs: int = 1) -> PreTrainedModel:
         """Train adapters on texts, prune, and make the model an ordinary smaller one, in place.
 
@@ -194,70 +296,19 @@ class LoRAPrune(Technique):
         """
         if not texts:
             raise DataError("loraprune learns from text, and there is none", hint="give batches of token ids")
-        units = self._adapt_(model)
-        trained = [p for own in units for layer in (*own.into, own.out) for p in (layer.first, layer.second)]
-        adapters = {id(parameter) for parameter in trained}
-        frozen = [p for p in model.parameters() if id(p) not in adapters]
-        wanted = [p.requires_grad for p in frozen]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        skeleton = ModelShape.from_config(model.config, model.dtype).build("meta")
+        prepared = self.prepare_(model)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=self.learning_rate)
         steps = epochs * len(texts)
         for step in range(steps):
             with torch.enable_grad():
                 loss_on(model, texts[step % len(texts)]).backward()
-            for own in units:
-                own.observe_()
-            if step % self.every == 0 or step == steps - 1:
-                for own in units:
-                    own.prune_(self._kept_at(step + 1 if step == steps - 1 else step, steps, own.count))
+            observe_(model)
             optimizer.step()
             optimizer.zero_grad()
-        for parameter, before in zip(frozen, wanted, strict=True):
-            parameter.requires_grad_(before)
-        self._shrink_(model, units)
+            follow_(model, (step + 1) / steps)
+        self.finish_(model, prepared, skeleton)
         return model
-
-    def _kept_at(self, step: int, steps: int, count: int) -> int:
-        begin, end = self.warmup * steps, (1 - self.cooldown) * steps
-        done = min(1.0, max(0.0, (step - begin) / max(1e-9, end - begin)))
-        return count - int((count - self.kept(count)) * (1 - (1 - done) ** 3) + 1e-6)
-
-    def _adapt_(self, model: PreTrainedModel) -> list[_Units]:
-        """Adapters in the place of every block's layers; heads and channels of each block."""
-        names = block_names(model)
-        for name in (f"{block}.{layer}" for block in names for kind in INTO for layer in (*INTO[kind], OUT[kind])):
-            if type(_find(model, name)) is not nn.Linear:
-                raise UnsupportedModel(
-                    f"loraprune: {type(model).__name__} has no linear layer {name}",
-                    hint="give a dense model of the Llama family: Llama, Mistral, Qwen, Gemma",
-                )
-        generator = torch.Generator().manual_seed(self.seed)
-        units = []
-        for block in names:
-            for kind, layers in INTO.items():
-                made = [self._adapter_(model, f"{block}.{layer}", generator) for layer in (*layers, OUT[kind])]
-                channels = len(made[0].mask)
-                heads = model.config.num_key_value_heads if kind == "attention" else channels
-                units.append(_Units(tuple(made[:-1]), made[-1], heads))
-        return units
-
-    def _adapter_(self, model: nn.Module, name: str, generator: torch.Generator) -> AdaptedLinear:
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        new = AdaptedLinear(old, self.rank, self.alpha / self.rank, generator)
-        model.set_submodule(name, new)
-        return new
-
-    @torch.no_grad()
-    def _shrink_(self, model: PreTrainedModel, units: Iterable[_Units]) -> None:
-        places = {module: name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-        for own in units:
-            for layer in own.into:
-                _place_(model, places[layer], layer, own.spread(len(layer.mask)), None)
-            _place_(model, places[own.out], own.out, None, own.spread(own.out.base.in_features))
-        for name, size in self._sizes(model.config).items():
-            setattr(model.config, name, size)
 
     def _sizes(self, config: PretrainedConfig) -> Mapping[str, int]:
         """What changes in a configuration."""
@@ -276,9 +327,31 @@ class LoRAPrune(Technique):
             setattr(config, name, size)
         return ModelShape.from_config(config, shape.dtype)
 
+    def trained_numel(self, shape: ModelShape) -> int:
+        """The adapters' numbers."""
+        return self.rank * sum(sum(t.shape) for t in _layers(shape).values())
+
+    def applying_bytes(self, shape: ModelShape, workload: Compress) -> int:
+        """The model in 32 bits, adapters with gradients and Adam's moments, and activations or a layer's importance.
+
+        Beside the matrices' inputs and outputs and the logits, a pass keeps a quarter as much again.
+        """
+        layers = tuple(_layers(shape).values())
+        kept = kept_bytes(shape, layers, workload.batch * workload.tokens, torch.float32) * 5 // 4
+        return 4 * shape.numel + 16 * self.trained_numel(shape) + max(kept, 16 * max(t.numel for t in layers))
+
     def predict(self, ledger: Ledger, shape: ModelShape, workload: Workload) -> Ledger:
-        """The smaller model's weights."""
-        return ledger.add(Account.WEIGHTS, self.pruned_shape(shape).weight_bytes - shape.weight_bytes)
+        """The smaller model's weights; of compressing, its phase and the folder.
+
+        Raises:
+            UnsupportedModel: as ``check`` does.
+        """
+        self.check(shape)
+        pruned = self.pruned_shape(shape).weight_bytes
+        if isinstance(workload, Compress):
+            apply = Moment("apply", {}).with_bytes(Account.WORKSPACE, self.applying_bytes(shape, workload))
+            return Ledger("predicted", (apply.with_bytes(Account.CHECKPOINT, pruned, Tier.DISK),))
+        return ledger.add(Account.WEIGHTS, pruned - shape.weight_bytes)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From what is kept, after training."""
@@ -291,11 +364,10 @@ class LoRAPrune(Technique):
             yield cls(kept_fraction=kept)
 
 
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+def _layers(shape: ModelShape) -> dict[str, Target]:
+    """The layers that are adapted, by name."""
+    linear = (target for target in targets_of(shape) if target.matrices == 1 and not target.transposed)
+    return {t.module: t for t in linear if t.module.removeprefix(f"{t.block}.") in LAYERS}
 
 
 def _place_(model: nn.Module, name: str, layer: AdaptedLinear, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -304,7 +376,9 @@ def _place_(model: nn.Module, name: str, layer: AdaptedLinear, rows: Tensor | No
     weight = weight if rows is None else weight[rows]
     weight = weight if columns is None else weight[:, columns]
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    new.weight = nn.Parameter(weight.to(layer.base.weight.dtype).contiguous())
+    old = layer.base.weight
+    new.weight = nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     if bias is not None:
-        new.bias = nn.Parameter((bias if rows is None else bias[rows]).detach().clone())
+        left = bias if rows is None else bias[rows]
+        new.bias = nn.Parameter(left.detach().clone(), requires_grad=bias.requires_grad)
     model.set_submodule(name, new.train(layer.training))

@@ -114,11 +114,14 @@ class MaxScale(StandIn):
         warm_up: share of the training in which the largest value follows the input.
     """
 
+    warm: Tensor
+
     def __init__(self, weight: Tensor, layout: StaticInput, warm_up: float) -> None:
         super().__init__()
         assert isinstance(layout.inner, Grid)
         self.bits, self.grid, self.warm_up = layout.bits, layout.inner, warm_up
-        self.warm = warm_up > 0
+        # A buffer, so that a run that goes on from a checkpoint does not warm up again.
+        self.register_buffer("warm", torch.tensor(warm_up > 0, device=weight.device))
         self.dense = nn.Parameter(weight.clone())
         # NaN leaves the input as it is until something is known of it.
         self.largest = nn.Parameter(weight.new_tensor(math.nan, dtype=torch.float32))
@@ -157,7 +160,7 @@ class MaxScale(StandIn):
 
     def follow_(self, progress: float) -> None:
         """End the warm-up in time."""
-        self.warm = progress < self.warm_up
+        self.warm.fill_(progress < self.warm_up)
 
     @torch.no_grad()
     def terms(self, formats: tuple[Format, ...]) -> tuple[Tensors, ...]:

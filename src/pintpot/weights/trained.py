@@ -7,7 +7,7 @@ the method's ``objective``. Without any training in between, the packed model is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from pintpot.core.errors import UnsupportedModel
 from pintpot.core.shape import ModelShape
 from pintpot.core.workload import Compress
 from pintpot.weights._base import CompressionReport, Layout, Texts, WeightMethod
-from pintpot.weights.forecast import kept_bytes, layout_of, replaced_in
+from pintpot.weights.by_training import ByTraining, Follower
+from pintpot.weights.forecast import kept_bytes, layout_of, replaced_in, targets_of
 from pintpot.weights.formats import Format, Tensors
 from pintpot.weights.modules import place_
 from pintpot.weights.replace import report_of
@@ -28,7 +29,7 @@ from pintpot.weights.statistics import InputStatistics
 from pintpot.weights.targets import Target, find_targets
 
 
-class StandIn(nn.Module):
+class StandIn(Follower):
     """What can be trained in the place of one packed weight (O, I); its parameters are found by the optimizer.
 
     A subclass keeps what it needs of the dense weight as parameters and buffers of its own.
@@ -49,13 +50,6 @@ class StandIn(nn.Module):
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """``input`` (..., I) -> (..., O); overridden where the terms of the weight take different inputs."""
         return functional.linear(self.input(input), self.weight().to(input.dtype), bias)
-
-    def follow_(self, progress: float) -> None:
-        """Called after each update with the share of the training that is done, for schedules."""
-
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss for this weight, if anything."""
-        return None
 
 
 class TrainedLinear(nn.Linear):
@@ -110,7 +104,7 @@ class TrainedConv2d(nn.Conv2d):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedMethod(WeightMethod):
+class TrainedMethod(WeightMethod, ByTraining[Layout]):
     """A weight method whose numbers are trained; ``find`` packs the starting point."""
 
     learning_rate: ClassVar[float] = 1e-4
@@ -142,9 +136,19 @@ class TrainedMethod(WeightMethod):
         pass keeps half as much again.
         """
         replaced = replaced_in(shape, layout_of(shape, self))
-        teacher = type(self).objective is not TrainedMethod.objective
         kept = kept_bytes(shape, replaced, workload.batch * workload.tokens, torch.float32)
-        return 4 * (5 if teacher else 4) * shape.numel + 8 * sum(t.numel for t in replaced) + kept * 3 // 2
+        return 4 * (5 if self.taught else 4) * shape.numel + 8 * sum(t.numel for t in replaced) + kept * 3 // 2
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse layers that have no stand-in."""
+        self._refuse_stacks(targets_of(shape), layout_of(shape, self))
+
+    def _refuse_stacks(self, targets: Sequence[Target], layout: Layout) -> None:
+        stacks = [t.parameter for t in targets if t.matrices > 1 and t.parameter in layout]
+        if stacks:
+            raise UnsupportedModel(
+                f"{self.name} cannot train packed experts: {stacks[0]}", hint="choose a method that needs no training"
+            )
 
     def prepare_(self, model: PreTrainedModel, texts: Texts = ()) -> Layout:
         """Put stand-ins in the place of a dense model's weights; everything else of the model can be trained too.
@@ -162,11 +166,7 @@ class TrainedMethod(WeightMethod):
         self.require_texts(texts)
         targets, _ = find_targets(model)
         layout = self.layout(targets)
-        stacks = [t.parameter for t in targets if t.matrices > 1 and t.parameter in layout]
-        if stacks:
-            raise UnsupportedModel(
-                f"{self.name} cannot train packed experts: {stacks[0]}", hint="choose a method that needs no training"
-            )
+        self._refuse_stacks(targets, layout)
         for target in targets:
             if target.parameter in layout:
                 old = model.get_submodule(target.module)
@@ -183,39 +183,21 @@ class TrainedMethod(WeightMethod):
         return layout
 
     @torch.no_grad()
-    def finish_(self, model: PreTrainedModel, layout: Layout, skeleton: nn.Module) -> CompressionReport:
-        """Pack what was trained, and mark the model so that it is saved and loaded as a compressed one.
-
-        Args:
-            model: after ``prepare_`` and training.
-            layout: what ``prepare_`` gave.
-            skeleton: the dense model's, usually on the meta device, which says what was what.
-        """
+    def finish_(self, model: PreTrainedModel, prepared: Layout, skeleton: nn.Module) -> CompressionReport:
+        """Pack what was trained, and mark the model so that it is saved and loaded as a compressed one."""
         # Imported here because that module builds on this wing's base.
         from pintpot.weights.quantizer import mark_
 
         targets, dense = find_targets(skeleton)
         for target in targets:
-            if target.parameter in layout:
+            if target.parameter in prepared:
                 trained = model.get_submodule(target.module)
                 assert isinstance(trained, TrainedLinear | TrainedConv2d)
-                formats = layout[target.parameter]
+                formats = prepared[target.parameter]
                 terms = trained.stand_in.terms(formats)
                 _pack_(model, target, trained, formats, terms)
-        mark_(model, self, layout)
-        return report_of(layout, targets, dense)
-
-    def objective(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
-        """A module whose ``forward(input_ids, labels, use_cache)`` gives the ``loss`` to train with.
-
-        Args:
-            student: after ``prepare_``.
-            teacher: the dense model, frozen.
-
-        Returns:
-            None for the model's own loss.
-        """
-        return None
+        mark_(model, self, prepared)
+        return report_of(prepared, targets, dense)
 
 
 def round_through(numbers: Tensor) -> Tensor:
@@ -237,12 +219,6 @@ class _Round(torch.autograd.Function):
 def stand_ins(model: nn.Module) -> Iterator[StandIn]:
     """All stand-ins of a model that is being trained."""
     return (module for module in model.modules() if isinstance(module, StandIn))
-
-
-def follow_(model: nn.Module, progress: float) -> None:
-    """Tell every stand-in which share of the training is done."""
-    for stand_in in stand_ins(model):
-        stand_in.follow_(progress)
 
 
 def _pack_(
