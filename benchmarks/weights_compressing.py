@@ -33,8 +33,8 @@ from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.jobs.text import TextSettings
 from pintpot.weights import WeightMethod
+from pintpot.weights.by_training import ByTraining
 from pintpot.weights.targets import find_targets
-from pintpot.weights.trained import TrainedMethod
 
 SAMPLES, TOKENS, STEPS = 16, 512, 10
 NAME = "Llama, 2 layers of 1024 and 2816, random"
@@ -95,8 +95,8 @@ def measure_one(config: str, folder: Path) -> dict[str, Any]:
         found = measure_peer(given, peer)
     else:
         method = parse(config)[0]
-        assert isinstance(method, WeightMethod)
-        given = language(1, 1) if isinstance(method, TrainedMethod) else subject(folder)
+        assert isinstance(method, WeightMethod | ByTraining)
+        given = language(1, 1) if isinstance(method, ByTraining) else subject(folder)
         training = TextSettings(tokens=256, batch=8, steps=STEPS)
         found = measure(given, method, training) | {"described": described(method, training)}
     return found | {"numbers": given.numbers, "model": given.about["model"], "data": given.about["data"]}
@@ -105,7 +105,7 @@ def measure_one(config: str, folder: Path) -> dict[str, Any]:
 def configurations(names: str, shape: ModelShape) -> Iterator[tuple[str, str]]:
     """The name and the configuration of each method that can be chosen for a model."""
     for name, kind in sorted(techniques("weights").items()):
-        wanted = issubclass(kind, WeightMethod) and (not names or name in names.split(","))
+        wanted = issubclass(kind, WeightMethod | ByTraining) and (not names or name in names.split(","))
         if wanted and any(kind.options(shape, USE)):
             yield name, CONFIGS.get(name, name)
 

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 from benchmarks.weights_subjects import Subject
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pintpot.core.errors import CompositionError, PintpotError
 from pintpot.core.expression import parse
 from pintpot.core.heap import return_freed_memory
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
+from pintpot.core.technique import Technique
 from pintpot.core.workload import Generate
 from pintpot.jobs.compress import compress
 from pintpot.jobs.text import TextSettings
 from pintpot.ledger.process import ProcessMemory
-from pintpot.weights import WeightMethod, load_compressed
-from pintpot.weights.trained import TrainedMethod
+from pintpot.weights import WeightMethod
+from pintpot.weights.by_training import ByTraining
 
 WIDTHS = (8, 4, 3, 2, 1)
 GROUP = 64
@@ -57,6 +58,8 @@ EXPLICIT = (
 AdaDim has a choice only where both sides are whole groups: in the embedded model, of 16; in the encoder, of 48 too.
 """
 
+Method = WeightMethod | ByTraining[Any]
+
 USE = Generate(batch=1, prompt_tokens=512, new_tokens=64)
 """What options are asked for."""
 
@@ -64,7 +67,7 @@ TRAINING = TextSettings(tokens=256, batch=8, steps=300)
 """How methods that train are trained: on the training part of the reference corpus, as by ``pintpot compress``."""
 
 
-def configurations(shape: ModelShape, names: str = "") -> list[WeightMethod]:
+def configurations(shape: ModelShape, names: str = "") -> list[Method]:
     """Every configuration of the registered methods, those of ``BASE`` first, then by name; each once.
 
     Args:
@@ -72,21 +75,24 @@ def configurations(shape: ModelShape, names: str = "") -> list[WeightMethod]:
         names: only these methods, comma-separated, and ``BASE``.
     """
     wanted = {*names.split(","), BASE} if names else set()
-    kinds = {n: k for n, k in techniques("weights").items() if issubclass(k, WeightMethod) and n in (wanted or {n})}
-    explicit: dict[str, list[WeightMethod]] = {name: [] for name in kinds}
+    every = {name: kind for name, kind in techniques("weights").items() if issubclass(kind, WeightMethod | ByTraining)}
+    kinds = {name: kind for name, kind in every.items() if name in (wanted or every)}
+    explicit: dict[str, list[Method]] = {name: [] for name in kinds}
     for text in EXPLICIT:
         method = parse(text)[0]
         if isinstance(method, WeightMethod) and method.name in explicit:
             explicit[method.name].append(method)
-    found: dict[str, WeightMethod] = {}
+    found: dict[str, Method] = {}
     for name in sorted(kinds, key=lambda name: (name != BASE, name)):
-        options = [option for option in kinds[name].options(shape, USE) if isinstance(option, WeightMethod)]
+        options = [
+            option for option in kinds[name].options(shape, USE) if isinstance(option, WeightMethod | ByTraining)
+        ]
         for method in (*options, *_widths(kinds[name]), *explicit[name]) if options else ():
             found.setdefault(str(method), method)
     return list(found.values())
 
 
-def _widths(kind: type[WeightMethod]) -> Iterator[WeightMethod]:
+def _widths(kind: type[Technique]) -> Iterator[WeightMethod]:
     """The method at each width that it is defined at."""
     known = {field.name for field in fields(kind)}
     groups: Iterable[dict[str, int]] = ({}, {"group_size": GROUP}) if "group_size" in known else ({},)
@@ -100,7 +106,7 @@ def _widths(kind: type[WeightMethod]) -> Iterator[WeightMethod]:
                     yield method
 
 
-def measure(subject: Subject, method: WeightMethod, training: TextSettings = TRAINING) -> dict[str, Any]:
+def measure(subject: Subject, method: Method, training: TextSettings = TRAINING) -> dict[str, Any]:
     """Compress a copy of the subject's model and judge it.
 
     Args:
@@ -117,13 +123,13 @@ def measure(subject: Subject, method: WeightMethod, training: TextSettings = TRA
     """
     tidy()
     with contextlib.ExitStack() as stack:
-        if isinstance(method, TrainedMethod):
+        if isinstance(method, ByTraining):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             model = copy.deepcopy(subject.model)
         begin = time.perf_counter()
         with ProcessMemory() as memory:
-            if isinstance(method, TrainedMethod):
+            if isinstance(method, ByTraining):
                 model = _trained(subject, method, folder, training)
             else:
                 method.quantize_model_(model, subject.texts)
@@ -131,21 +137,21 @@ def measure(subject: Subject, method: WeightMethod, training: TextSettings = TRA
     return judged(subject, model) | {"seconds": round(seconds, 3), "peak_bytes": memory.growth_bytes or 0}
 
 
-def described(method: WeightMethod, training: TextSettings = TRAINING) -> str:
+def described(method: Method, training: TextSettings = TRAINING) -> str:
     """The configuration in words: the method, and how long it is trained where it is."""
-    if not isinstance(method, TrainedMethod):
+    if not isinstance(method, ByTraining):
         return str(method)
     return f"{method}, trained {training.steps} steps of {training.batch} x {training.tokens} tokens"
 
 
-def _trained(subject: Subject, method: TrainedMethod, folder: Path, training: TextSettings) -> PreTrainedModel:
+def _trained(subject: Subject, method: ByTraining[Any], folder: Path, training: TextSettings) -> PreTrainedModel:
     if subject.part != "language":
         raise CompositionError(
             f"{method.name} is trained on the loss of a language model, which {subject.about['model']} is not",
             hint="measure it on the language model",
         )
     compress(subject.folder, folder / "packed", techniques=[method], training=training)
-    return load_compressed(folder / "packed")
+    return AutoModelForCausalLM.from_pretrained(folder / "packed")
 
 
 def judged(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
