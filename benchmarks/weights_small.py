@@ -103,20 +103,19 @@ def mamba(texts: int, blocks: int) -> Subject:
 
 def _images(name: str, kind: type[PreTrainedModel], config: PretrainedConfig, side: int, count: int, steps: int):
     images, labels = digits()
-    images = functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
     learnt = len(images) - HELD_OUT
     generator = torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[Batch]:
         while True:
             chosen = torch.randint(learnt, (BATCH,), generator=generator)
-            noise = torch.randn((BATCH, 1, side, side), generator=generator)
-            yield {"pixel_values": images[chosen] + 0.3 * noise, "labels": labels[chosen]}
+            noise = torch.randn((BATCH, *images.shape[1:]), generator=generator)
+            yield {"pixel_values": _enlarged(images[chosen] + 0.3 * noise, side), "labels": labels[chosen]}
 
     folder = _learnt(name, lambda: kind(config), batches(), steps, rate=1e-3)
     model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
-    read = [{"pixel_values": part} for part in images[:count].split(BATCH)]
-    held_out, right = images[learnt:], labels[learnt:]
+    read = [{"pixel_values": _enlarged(part, side)} for part in images[:count].split(BATCH)]
+    held_out, right = _enlarged(images[learnt:], side), labels[learnt:]
 
     @torch.no_grad()
     def judge(other: PreTrainedModel) -> Parts:
@@ -126,6 +125,10 @@ def _images(name: str, kind: type[PreTrainedModel], config: PretrainedConfig, si
 
     about = {"data": f"{HELD_OUT} held-out digits of {side} x {side} points", "context_tokens": ""}
     return _subject(name, folder, model, read, judge, (ACCURACY, LOSS), about)
+
+
+def _enlarged(images: Tensor, side: int) -> Tensor:
+    return functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def _subject(
