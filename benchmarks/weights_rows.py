@@ -17,6 +17,9 @@ DENSE = "dense float32"
 EQUAL = 1.01
 """Ratio up to which two numbers of bytes count as equal."""
 
+NEAR = 1.2
+"""Ratio of bytes up to which a larger rival is preferred to be compared with, the best of these; else the next."""
+
 LEVEL = 2.0
 """Standard errors of the difference below which two figures count as level."""
 
@@ -66,23 +69,21 @@ def best(rivals: Iterable[Measured], metric: Metric) -> Measured | None:
 def compared(mine: Measured, rivals: Sequence[Measured], metric: Metric) -> tuple[str, Measured | None]:
     """How a configuration stands among rivals at equal bytes of matrices, in words, and the rival that is named.
 
-    It is behind where a rival is better in no more bytes, and ahead where it is better than the nearest of each rival
-    in no fewer bytes. A difference within ``LEVEL`` standard errors is neither.
+    It is behind where a rival is better in no more bytes, and ahead where it is better than all in as many or a few
+    more. A difference within ``LEVEL`` standard errors is neither.
     """
     smaller = best((r for r in rivals if r.size <= EQUAL * mine.size), metric)
-    nearest: dict[str, Measured] = {}
-    for rival in sorted(rivals, key=lambda rival: -rival.size):
-        if EQUAL * rival.size >= mine.size:
-            nearest[rival.technique] = rival
-    larger = best(nearest.values(), metric)
+    above = [rival for rival in rivals if EQUAL * rival.size >= mine.size]
+    near = (rival for rival in above if rival.size <= NEAR * mine.size)
+    larger = best(near, metric) or min(above, key=lambda rival: rival.size, default=None)
     if smaller is not None and lead(smaller, mine, metric) > LEVEL:
         return f"behind {_said(smaller, mine, metric)}", smaller
     if larger is not None and lead(larger, mine, metric) <= LEVEL:
         word = "ahead of" if lead(mine, larger, metric) > LEVEL else "level with"
         return f"{word} {_said(larger, mine, metric)}", larger
     if smaller is not None:
-        above = "" if larger is None else f"; the next larger is {_said(larger, mine, metric)}"
-        return f"nothing in so few bytes is better, the best being {_said(smaller, mine, metric)}{above}", smaller
+        other = "" if larger is None else f"; in more there is {_said(larger, mine, metric)}"
+        return f"nothing in so few bytes is better, the best being {_said(smaller, mine, metric)}{other}", smaller
     return "" if larger is None else f"smaller than any; the next is {_said(larger, mine, metric)}", larger
 
 

@@ -20,6 +20,7 @@ from pintpot import reference
 from pintpot.core.registry import techniques
 from pintpot.core.shape import ModelShape
 from pintpot.weights import WeightMethod
+from pintpot.weights.by_training import ByTraining
 from pintpot.weights.rtn import RTN
 
 METRIC = Metric(PERPLEXITY, "perplexity", rises=False)
@@ -40,7 +41,8 @@ def test_every_method_is_measured_once_in_each_configuration_and_the_base_first(
     shape = ModelShape.from_folder(reference.path())
     found = configurations(shape)
     names = [method.name for method in found]
-    kinds = {name: kind for name, kind in techniques("weights").items() if issubclass(kind, WeightMethod)}
+    known = techniques("weights").items()
+    kinds = {name: kind for name, kind in known if issubclass(kind, WeightMethod | ByTraining)}
     assert set(names) == {name for name, kind in kinds.items() if any(True for _ in kind.options(shape, USE))}
     assert len({described(method) for method in found}) == len(found)
     assert names[: names.count(BASE)] == [BASE] * names.count(BASE)
@@ -78,11 +80,14 @@ def test_the_verdict_is_at_equal_bytes() -> None:
     assert compared(measured("x", 1.9, 390), rivals, METRIC)[0].startswith("ahead of a of 400: 8.1")
     words, named = compared(measured("x", 2.2, 390), rivals, METRIC)
     assert words.startswith("nothing in so few bytes is better, the best being b of 300")
-    assert "the next larger is a of 400" in words
+    assert "in more there is a of 400" in words
     assert named is rivals[2]
+    far = [*rivals, measured("c", 1.5, 900)]
+    assert compared(measured("x", 1.9, 390), far, METRIC)[0].startswith("ahead of a of 400")
+    assert "in more there is c of 900" in compared(measured("x", 1.9, 700), far, METRIC)[0]
     assert compared(measured("x", 2.6, 390), rivals, METRIC)[0].startswith("behind b of 300")
     assert compared(measured("x", 2.0, 398), rivals, METRIC)[0].startswith("level with a of 400")
-    assert compared(measured("x", 5.0, 100), rivals, METRIC)[0].startswith("smaller than any; the next is b of 300")
+    assert compared(measured("x", 5.0, 100), rivals, METRIC)[0].startswith("smaller than any; the next is a of 200")
     assert compared(measured("x", 2.0, 402), rivals, METRIC)[0].startswith("level with a of 400")
     assert compared(measured("x", 2.0, 400), [], METRIC) == ("", None)
 
