@@ -56,7 +56,7 @@ def vit(texts: int, blocks: int) -> Subject:
     """A vision transformer of six layers; ``texts`` images to calibrate on."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
     config = ViTConfig(image_size=16, patch_size=4, num_channels=1, num_labels=CLASSES, **sizes)
-    return _images("vit", ViTForImageClassification, config, 16, texts, steps=600)
+    return _images("vit", ViTForImageClassification, config, 16, texts, rate=1e-3)
 
 
 def mobilevit(texts: int, blocks: int) -> Subject:
@@ -70,7 +70,7 @@ def mobilevit(texts: int, blocks: int) -> Subject:
         num_attention_heads=4,
         expand_ratio=2.0,
     )
-    return _images("mobilevit", MobileViTForImageClassification, config, 64, texts, steps=600)
+    return _images("mobilevit", MobileViTForImageClassification, config, 64, texts, rate=5e-3)
 
 
 def mamba(texts: int, blocks: int) -> Subject:
@@ -87,7 +87,7 @@ def mamba(texts: int, blocks: int) -> Subject:
     config = MambaConfig(
         vocab_size=tokenizer().get_vocab_size(), hidden_size=192, num_hidden_layers=4, bos_token_id=0, eos_token_id=0
     )
-    folder = _learnt("mamba", lambda: MambaForCausalLM(config), batches(), steps=800, rate=3e-3)
+    folder = _learnt("mamba", lambda: MambaForCausalLM(config), batches(), 800, rate=3e-3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     tokens = torch.from_numpy(held_out_tokens())
     every = len(tokens) // CONTEXT_TOKENS // blocks * CONTEXT_TOKENS
@@ -101,7 +101,7 @@ def mamba(texts: int, blocks: int) -> Subject:
     return _subject("mamba", folder, model, read, judge, (STATES,), about)
 
 
-def _images(name: str, kind: type[PreTrainedModel], config: PretrainedConfig, side: int, count: int, steps: int):
+def _images(name: str, kind: type[PreTrainedModel], config: PretrainedConfig, side: int, count: int, rate: float):
     images, labels = digits()
     learnt = len(images) - HELD_OUT
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def _images(name: str, kind: type[PreTrainedModel], config: PretrainedConfig, si
             noise = torch.randn((BATCH, *images.shape[1:]), generator=generator)
             yield {"pixel_values": _enlarged(images[chosen] + 0.3 * noise, side), "labels": labels[chosen]}
 
-    folder = _learnt(name, lambda: kind(config), batches(), steps, rate=1e-3)
+    folder = _learnt(name, lambda: kind(config), batches(), 600, rate)
     model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
     read = [{"pixel_values": _enlarged(part, side)} for part in images[:count].split(BATCH)]
     held_out, right = _enlarged(images[learnt:], side), labels[learnt:]
