@@ -2,7 +2,8 @@
 
 Those who look at images learn the 1,797 handwritten digits that scikit-learn's package carries, enlarged (``pip
 download`` fetches it, nothing of it is installed); the last 500 are held out. The state-space model reads the training
-part of the reference corpus. Each takes some minutes, once: what was learnt stays under ``out/small``.
+part of the reference corpus, and is trained with the scan of ``mambapy`` (``pip install mambapy``). Each takes some
+minutes, once: what was learnt stays under ``out/small``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CLASSES, HELD_OUT, BATCH = 10, 500, 64
 ACCURACY = Metric("accuracy on held-out digits", "fraction", rises=True)
 LOSS = Metric("cross-entropy of held-out digits", "nats", rises=False)
 STATES = Metric("perplexity of a state-space model", "perplexity", rises=False)
-TEXT_TOKENS = 128
+TEXT_TOKENS = 64
 
 Batch = dict[str, Tensor]
 
@@ -84,10 +85,10 @@ def mamba(texts: int, blocks: int) -> Subject:
             rows = torch.stack([ids[start : start + TEXT_TOKENS] for start in starts])
             yield {"input_ids": rows, "labels": rows}
 
-    config = MambaConfig(
-        vocab_size=tokenizer().get_vocab_size(), hidden_size=192, num_hidden_layers=4, bos_token_id=0, eos_token_id=0
-    )
-    folder = _learnt("mamba", lambda: MambaForCausalLM(config), batches(), 800, rate=3e-3)
+    # Without its parallel scan the gradients of each step would be as large as those of all together.
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "use_mambapy": True}
+    config = MambaConfig(vocab_size=tokenizer().get_vocab_size(), bos_token_id=0, eos_token_id=0, **sizes)
+    folder = _learnt("mamba", lambda: MambaForCausalLM(config), batches(), 600, rate=3e-3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     tokens = torch.from_numpy(held_out_tokens())
     every = len(tokens) // CONTEXT_TOKENS // blocks * CONTEXT_TOKENS
