@@ -47,7 +47,7 @@ COMPRESSOR_SETTINGS = {
 LINEAR = ("language", "embeddings", "vit", "mamba")
 """Subjects all of whose matrices are of linear layers."""
 
-SMALL = ("vit", "mobilevit", "mamba")
+VISION = ("vit", "mobilevit")
 """Subjects whose methods round what layers are given too."""
 
 NOT_MEASURED = {
@@ -55,6 +55,7 @@ NOT_MEASURED = {
     "AutoAWQ": "no longer maintained, last tested with torch 2.6; llm-compressor took it over",
     "llm-compressor AWQ on the encoder": "folds scales into the norm before a layer, and the encoder's norms also feed "
     "its residuals",
+    "optimum-quanto with inputs of the Mamba": "fails, as mixers multiply by their matrices themselves",
     "torchao int4": "its packed 4-bit formats need a GPU; the one for CPUs holds 4 bits in 8",
     "llama.cpp whole models": "the sides of both models are no multiples of 256: its quantiser is called on matrices",
 }
@@ -156,7 +157,7 @@ def _quanto_inputs() -> Iterator[Peer]:
             return model, {"matrix_bytes": size, "seconds": seconds, "peak_bytes": memory.growth_bytes or 0}
 
         config = f"optimum-quanto, {bits} bits, and inputs of 8"
-        yield Peer("optimum-quanto with inputs", config, run, _lacks("optimum.quanto"), SMALL)
+        yield Peer("optimum-quanto with inputs", config, run, _lacks("optimum.quanto"), VISION)
 
 
 def _held(tensor: Tensor) -> int:

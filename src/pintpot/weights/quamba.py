@@ -36,8 +36,8 @@ from pintpot.weights.quantised_mamba import ROUNDED, QuantisedMixer
 from pintpot.weights.statistics import BlockCall, InputStatistics
 from pintpot.weights.targets import Target, require_parts
 
-RISES = ((8.2, 0.01), (6.2, 0.03), (4.2, 0.3))
-"""Bits a weight and the relative rise of perplexity."""
+RISES = ((8.1, 0.001), (6.1, 0.004), (4.1, 0.044), (3.1, 0.335))
+"""Bits a weight and the relative rise of perplexity, of the tiny Mamba in `results/weights.csv`."""
 
 PARTS = ("mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj")
 """The matrices of a mixer; there may be no others."""
