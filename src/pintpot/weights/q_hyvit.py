@@ -44,7 +44,7 @@ from pintpot.weights.statistics import BlockCall
 from pintpot.weights.targets import Target
 
 RISES = ((8.5, 0.018), (6.5, 0.02), (4.5, 0.084), (3.5, 0.21))
-"""Bits a weight and the relative rise of the loss, of the tiny MobileViT in `results/weights.csv` (at 6 bits it fell)."""
+"""Bits a weight and the relative rise of the loss, of the tiny MobileViT in `results/weights.csv`; at 6 it fell."""
 
 BRIDGE = (
     "conv_1x1.convolution",
