@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pintpot.core.expression import parse
 from pintpot.core.ledger import Tier
 from pintpot.core.model_folder import open_model
 from pintpot.core.registry import techniques
@@ -52,10 +53,13 @@ def ratio(predicted: int, measured: int) -> float:
     return predicted / measured
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "adadim", "vptq", "minifloat-ptq", "svdquant"])
+FINDING = ["gptq", "awq", "adadim", "vptq", "minifloat-ptq", "svdquant", "gptq(clip=True)", "adadim(clip=True)"]
+
+
+@pytest.mark.parametrize("name", FINDING)
 @pytest.mark.parametrize(("shape", "dtype"), [((192, 128), torch.bfloat16), ((64, 160), torch.float32)])
 def test_finding_a_matrix_takes_what_the_method_says(name, shape, dtype):
-    method = method_of(name)
+    method = parse(name)[0] if "(" in name else method_of(name)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     statistics = InputStatistics.empty(shape[1], weight.device)

@@ -28,7 +28,7 @@ from pintpot.core.technique import Claim, Source, technique
 from pintpot.core.workload import Workload
 from pintpot.weights._base import WeightMethod, risk_between
 from pintpot.weights.formats import Format, Grid, Scaled, Tensors
-from pintpot.weights.ranges import MOST_CUT, best_ranges
+from pintpot.weights.ranges import MOST_CUT, best_ranges, searching_bytes
 from pintpot.weights.statistics import InputStatistics
 
 RISES = (
@@ -108,8 +108,10 @@ class AWQ(WeightMethod):
         return (stored,)
 
     def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Seven matrices like the weight in 32 bits, its codes, and the Hessian of the scaled inputs."""
-        return 29 * out_features * in_features + 4 * in_features**2
+        """Seven matrices like the weight in 32 bits and its codes, or two and a search; Hessians of scaled inputs."""
+        numbers, group = out_features * in_features, Grid(group_size=self.group_size).group(in_features)
+        searching = searching_bytes(out_features, in_features, group) + 4 * group * (in_features + -in_features % group)
+        return max(29 * numbers, 9 * numbers + searching) + 4 * in_features**2
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""

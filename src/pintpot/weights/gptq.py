@@ -150,8 +150,9 @@ class GPTQ(WeightMethod):
 
     def finding_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """The weight three times in 32 bits and its codes; the Hessian, its factor, and another one's room."""
-        searching = searching_bytes(out_features, in_features) if self.clip else 0
-        return 13 * out_features * in_features + 12 * in_features**2 + searching
+        group = Grid(group_size=self.group_size).group(in_features)
+        searching = searching_bytes(out_features, in_features, group) if self.clip else 0
+        return max(13 * out_features * in_features + 12 * in_features**2, 9 * out_features * in_features + searching)
 
     def risk(self, shape: ModelShape, workload: Workload) -> float:
         """From bits a weight; large models lose less than the small one that it was measured on."""

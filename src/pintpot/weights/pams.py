@@ -37,8 +37,8 @@ from pintpot.weights.paused import hidden_of
 from pintpot.weights.statistics import InputStatistics
 from pintpot.weights.trained import StandIn, TrainedMethod, round_through
 
-RISES = ((8.1, 0.0), (6.2, 0.05), (4.1, 0.468), (3.1, 10.0))
-"""Bits a weight and the relative rise of perplexity: of the embedded model, the second a guess."""
+RISES = ((8.1, 0.0002), (6.2, 0.05), (4.1, 0.468), (3.1, 10.0))
+"""Bits a weight and the relative rise of perplexity: of the embedded model, the second a guess; the first fell."""
 
 SCALE_RATE = 100.0
 """How much faster than a weight a largest value moves (1e-2 against 1e-4 in the authors' code)."""

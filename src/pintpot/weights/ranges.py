@@ -27,20 +27,24 @@ def best_ranges(weight: Tensor, grid: Grid, moments: Tensor, most_cut: float = M
         most_cut: the largest share of a group's largest magnitude that is cut off.
     """
     columns = weight.shape[1]
-    pad = -columns % grid.group(columns)
-    own = functional.pad(moments, (0, pad) * moments.dim())
-    if own.dim() == 2:
-        size = grid.group(columns)
-        own = torch.stack([own[at : at + size, at : at + size] for at in range(0, own.shape[0], size)])
+    size = grid.group(columns)
+    pad = -columns % size
+    if moments.dim() == 1:
+        own = functional.pad(moments, (0, pad))
+    else:
+        squares = [moments[at : at + size, at : at + size] for at in range(0, columns, size)]
+        own = torch.stack([functional.pad(square, (0, size - len(square)) * 2) for square in squares])
     step = max(1, NUMBERS_AT_ONCE // columns)
-    parts = [_of_rows(functional.pad(rows, (0, pad)), grid, own, most_cut) for rows in weight.split(step)]
+    rows = (functional.pad(part, (0, pad)) if pad else part for part in weight.split(step))
+    parts = [_of_rows(part, grid, own, most_cut) for part in rows]
     lows, highs = zip(*parts, strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
-def searching_bytes(out_features: int, in_features: int) -> int:
-    """What ``best_ranges`` needs beside a weight of these sizes: eight copies in 32 bits of what it looks at."""
-    return 32 * min(out_features * in_features, max(NUMBERS_AT_ONCE, in_features))
+def searching_bytes(out_features: int, in_features: int, group: int) -> int:
+    """What ``best_ranges`` needs beside a weight of these sizes: six copies in 32 bits of the groups it is at."""
+    columns = in_features + -in_features % group
+    return 24 * columns * min(out_features, max(1, NUMBERS_AT_ONCE // in_features))
 
 
 def _of_rows(weight: Tensor, grid: Grid, moments: Tensor, most_cut: float) -> tuple[Tensor, Tensor]:
