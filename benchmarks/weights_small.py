@@ -77,9 +77,9 @@ def mobilevit(texts: int, blocks: int) -> Subject:
 def mamba(texts: int, blocks: int) -> Subject:
     """A Mamba of four layers; ``texts`` sequences to calibrate on, ``blocks`` of held-out text to judge on."""
     ids = torch.tensor(tokenizer().encode(training_text()).ids)
-    generator = torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(0)
         while True:
             starts = torch.randint(len(ids) - TEXT_TOKENS, (16,), generator=generator)
             rows = torch.stack([ids[start : start + TEXT_TOKENS] for start in starts])
